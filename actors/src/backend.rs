@@ -1,0 +1,514 @@
+//! Owns the device of one connection and carries out what the Session hands down, batch by batch.
+//!
+//! A request that the device answers at once costs no task and no thread. One that would wait goes to a pool of threads, at
+//! most so many at a time, and its reply comes when it comes. Runs on the thread of its Session; ends when the Session has
+//! closed the work channel and every request has returned, after a last flush where one is due and the device's close.
+//! Source of the emulations: nbdkit server/plugins.c.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use async_channel::{Receiver, Sender};
+use smol::future::or;
+use smol::lock::Mutex;
+
+use crate::buffers::Buffers;
+use crate::device::{
+    Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments, Support,
+    ThreadModel,
+};
+use crate::log::Speaker;
+use crate::protocol::transmission::{self, Agreement, Command, Refusal};
+
+/// Requests on their way down, in the order in which they came.
+pub(crate) type Batch = Vec<Work>;
+
+/// One request.
+pub(crate) struct Work {
+    pub cookie: u64,
+    /// What to do, or why not: a refused request takes the same way, so that there is one way for replies.
+    pub command: std::result::Result<Command, Refusal>,
+    /// The data of a write.
+    pub payload: Option<Payload>,
+    /// What the Session counts this request as, in bytes.
+    pub weight: usize,
+}
+
+/// A piece of a buffer that was received, shared by the requests in it.
+#[derive(Clone)]
+pub(crate) struct Payload {
+    pub buffer: Arc<Vec<u8>>,
+    pub range: Range<usize>,
+}
+
+/// Replies on their way up.
+pub(crate) struct Replies {
+    pub segments: Segments,
+    pub requests: usize,
+    pub weight: usize,
+}
+
+/// Replies are handed up when they are this long, in bytes, so that their buffers stay of a size that is kept.
+const ENOUGH: usize = 256 * 1024;
+/// How much is written at a time where zeroes are emulated, in bytes.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// How requests to a device are kept apart. Source: nbdkit-plugin.pod "Threads".
+#[derive(Clone)]
+pub(crate) struct Gates {
+    model: ThreadModel,
+    one: Arc<Mutex<()>>,
+}
+
+impl Gates {
+    pub(crate) fn new(model: ThreadModel) -> Gates {
+        Gates { model, one: Arc::default() }
+    }
+
+    /// Waits for the only place there is, where clients are served one after another.
+    pub(crate) async fn enter(&self) -> Option<smol::lock::MutexGuardArc<()>> {
+        match self.model {
+            ThreadModel::SerializeConnections => Some(self.one.lock_arc().await),
+            _ => None,
+        }
+    }
+
+    /// Several connections may be open at once.
+    pub(crate) fn multi_conn(&self) -> bool {
+        self.model > ThreadModel::SerializeConnections
+    }
+}
+
+/// A device that was opened for a client, and what was found out about it.
+pub(crate) struct Opened {
+    device: Arc<dyn Device>,
+    pub size: u64,
+    pub offered: Capabilities,
+}
+
+/// Opens the export that `client` asks for. May take as long as the device takes; dropping the future leaves the open to
+/// finish on its thread, where the device is then dropped.
+pub(crate) async fn open(exports: Arc<dyn Exports>, client: Client) -> Result<Opened> {
+    smol::unblock(move || {
+        let opened = catch_unwind(AssertUnwindSafe(|| {
+            let device: Arc<dyn Device> = Arc::from(exports.open(&client)?);
+            let size = device.size()?;
+            if size > i64::MAX as u64 {
+                return Err(Error::failed(ErrorCode::Overflow, format!("the device's size {size} is over 2^63-1")));
+            }
+            let offered = settle(device.capabilities()?);
+            Ok(Opened { device, size, offered })
+        }));
+        opened.unwrap_or_else(|_| Err(Error::failed(ErrorCode::Io, "the device panicked while it was opened")))
+    })
+    .await
+}
+
+/// Makes capabilities agree with each other. Source: nbdkit server/backend.c.
+fn settle(mut offered: Capabilities) -> Capabilities {
+    if !offered.write {
+        offered.trim = false;
+        offered.zero = Support::None;
+        offered.fua = Support::None;
+    }
+    if !offered.flush && offered.fua == Support::Emulate {
+        offered.fua = Support::None;
+    }
+    offered.fast_zero &= offered.zero != Support::None;
+    offered
+}
+
+impl Opened {
+    /// Closes a device that was only looked at.
+    pub(crate) async fn close(self) -> Result<()> {
+        smol::unblock(move || catch_unwind(AssertUnwindSafe(|| self.device.close())).unwrap_or_else(panicked)).await
+    }
+}
+
+fn panicked<T>(_: Box<dyn std::any::Any + Send>) -> Result<T> {
+    Err(Error::failed(ErrorCode::Io, "the device panicked"))
+}
+
+/// The Backend of one connection.
+pub(crate) struct Backend {
+    device: Arc<dyn Device>,
+    agreement: Agreement,
+    at_once: bool,
+    gate: Option<Arc<Mutex<()>>>,
+    threads: usize,
+    buffers: Buffers,
+    speaker: Speaker,
+    replies: Sender<Replies>,
+    waiting: VecDeque<Work>,
+    running: usize,
+    /// Something was written since the last flush.
+    dirty: bool,
+}
+
+/// What a thread of the pool made of a request.
+struct Completion {
+    replies: Replies,
+    dirty: bool,
+    flushed: bool,
+}
+
+/// What the Backend hears.
+enum Event {
+    Work(Batch),
+    Done(Completion),
+    NoMoreWork,
+}
+
+impl Backend {
+    /// `threads` is how many requests may wait at a time, at least one.
+    pub(crate) fn new(
+        opened: Opened,
+        agreement: Agreement,
+        gates: &Gates,
+        threads: usize,
+        buffers: Buffers,
+        speaker: Speaker,
+        replies: Sender<Replies>,
+    ) -> Backend {
+        let gate = (gates.model == ThreadModel::SerializeAllRequests).then(|| Arc::clone(&gates.one));
+        let parallel = gates.model == ThreadModel::Parallel;
+        Backend {
+            at_once: opened.device.answers_at_once(),
+            device: opened.device,
+            agreement,
+            gate,
+            threads: if parallel { threads.max(1) } else { 1 },
+            buffers,
+            speaker,
+            replies,
+            waiting: VecDeque::new(),
+            running: 0,
+            dirty: false,
+        }
+    }
+
+    /// Serves until `work` is closed and everything has returned. `flush_at_end` is asked then. The result is that of the
+    /// last flush and the close. Dropped before that, requests on the pool still finish; their replies are lost.
+    pub(crate) async fn run(mut self, work: Receiver<Batch>, flush_at_end: impl Fn() -> bool) -> Result<()> {
+        // As many as can be running, so that a thread that is done never waits.
+        let (done, completions) = async_channel::bounded(self.threads);
+        let mut open = true;
+        while open || self.running > 0 {
+            let finished = async { completions.recv().await.map_or(Event::NoMoreWork, Event::Done) };
+            let event = if open {
+                or(finished, async { work.recv().await.map_or(Event::NoMoreWork, Event::Work) }).await
+            } else {
+                finished.await
+            };
+            match event {
+                Event::Work(batch) => self.serve(batch).await,
+                Event::Done(first) => {
+                    self.completed(first).await;
+                    while let Ok(next) = completions.try_recv() {
+                        self.completed(next).await;
+                    }
+                }
+                Event::NoMoreWork => open = false,
+            }
+            self.start_waiting(&done);
+        }
+        let flush = self.dirty && self.agreement.offered.flush && flush_at_end();
+        let device = self.device;
+        smol::unblock(move || {
+            catch_unwind(AssertUnwindSafe(|| {
+                let flushed = if flush { device.flush(&Call::BLOCKING) } else { Ok(()) };
+                let closed = device.close();
+                flushed.and(closed)
+            }))
+            .unwrap_or_else(panicked)
+        })
+        .await
+    }
+
+    /// Answers what can be answered at once and keeps the rest.
+    async fn serve(&mut self, batch: Batch) {
+        let mut replies = self.fresh();
+        for mut work in batch {
+            if self.try_at_once(&mut work, &mut replies.segments) {
+                replies.requests += 1;
+                replies.weight += work.weight;
+                self.recycle(work.payload);
+            } else {
+                self.waiting.push_back(work);
+            }
+            if replies.segments.len() >= ENOUGH {
+                let full = std::mem::replace(&mut replies, self.fresh());
+                self.hand_up(full).await;
+            }
+        }
+        if replies.requests > 0 {
+            self.hand_up(replies).await;
+        } else {
+            self.buffers.give_back_reply(replies.segments);
+        }
+    }
+
+    fn fresh(&self) -> Replies {
+        Replies { segments: self.buffers.reply(), requests: 0, weight: 0 }
+    }
+
+    /// Whether it was answered, if only with an error.
+    fn try_at_once(&mut self, work: &mut Work, out: &mut Segments) -> bool {
+        let command = match &work.command {
+            Ok(Command::Nothing) => {
+                transmission::done(out, work.cookie);
+                return true;
+            }
+            Ok(command) => *command,
+            Err(refusal) => {
+                let why = format!("invalid request: {}", refusal.why);
+                self.speaker.error(format_args!("{why}"));
+                transmission::error(out, self.agreement.structured, work.cookie, refusal.code, &why);
+                return true;
+            }
+        };
+        // What waits already goes first where requests go one by one; and a flush must not overtake writes that the client
+        // knows to be done, but those have been answered, so it may go ahead of those that wait.
+        if !self.at_once || (self.threads == 1 && !(self.waiting.is_empty() && self.running == 0)) {
+            return false;
+        }
+        let gate = match &self.gate {
+            Some(gate) => match gate.try_lock() {
+                Some(guard) => Some(guard),
+                None => return false,
+            },
+            None => None,
+        };
+        let payload = work.payload.as_ref().map_or(&[][..], Payload::bytes);
+        let answered = answer(&*self.device, &self.agreement, command, work.cookie, payload, &Call::AT_ONCE, out);
+        drop(gate);
+        match answered {
+            Answer::Blocked => return false,
+            Answer::Done => note(&mut self.dirty, command),
+            Answer::Failed(why) => {
+                note(&mut self.dirty, command);
+                self.speaker.error(format_args!("{why}"));
+            }
+        }
+        true
+    }
+
+    /// Puts waiting requests on threads, as many as may be.
+    fn start_waiting(&mut self, done: &Sender<Completion>) {
+        while self.running < self.threads {
+            let Some(work) = self.waiting.pop_front() else { return };
+            self.running += 1;
+            let device = Arc::clone(&self.device);
+            let agreement = self.agreement;
+            let gate = self.gate.clone();
+            let mut segments = self.buffers.reply();
+            let buffers = self.buffers.clone();
+            let speaker = self.speaker.clone();
+            let done = done.clone();
+            // Detached: its end is the message it sends, which always fits.
+            smol::unblock(move || {
+                let _guard = gate.as_ref().map(|gate| gate.lock_blocking());
+                let payload = work.payload.as_ref().map_or(&[][..], Payload::bytes);
+                let (mut dirty, mut flushed) = (false, false);
+                if let Ok(command) = work.command {
+                    let answered =
+                        answer(&*device, &agreement, command, work.cookie, payload, &Call::BLOCKING, &mut segments);
+                    if let Answer::Failed(why) = &answered {
+                        speaker.error(format_args!("{why}"));
+                    }
+                    note(&mut dirty, command);
+                    flushed = command == Command::Flush && matches!(answered, Answer::Done);
+                }
+                if let Some(payload) = work.payload
+                    && let Some(buffer) = Arc::into_inner(payload.buffer)
+                {
+                    buffers.give_back(buffer);
+                }
+                let replies = Replies { segments, requests: 1, weight: work.weight };
+                let _ = done.try_send(Completion { replies, dirty, flushed });
+            })
+            .detach();
+        }
+    }
+
+    async fn completed(&mut self, completion: Completion) {
+        self.running -= 1;
+        // A write may have been going on beside the flush, and then it is not covered.
+        self.dirty = (self.dirty && !(completion.flushed && self.running == 0)) || completion.dirty;
+        self.hand_up(completion.replies).await;
+    }
+
+    async fn hand_up(&self, replies: Replies) {
+        // A Session that has left wants no replies; the work is done all the same.
+        let _ = self.replies.send(replies).await;
+    }
+
+    fn recycle(&self, payload: Option<Payload>) {
+        if let Some(payload) = payload
+            && let Some(buffer) = Arc::into_inner(payload.buffer)
+        {
+            self.buffers.give_back(buffer);
+        }
+    }
+}
+
+impl Payload {
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[self.range.clone()]
+    }
+}
+
+fn note(dirty: &mut bool, command: Command) {
+    match command {
+        Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. } => *dirty = true,
+        _ => {}
+    }
+}
+
+enum Answer {
+    Done,
+    Failed(String),
+    Blocked,
+}
+
+/// Carries out `command` and appends its reply, or an error reply, to `out`; nothing if it would have to wait.
+fn answer(
+    device: &dyn Device,
+    agreement: &Agreement,
+    command: Command,
+    cookie: u64,
+    payload: &[u8],
+    call: &Call,
+    out: &mut Segments,
+) -> Answer {
+    let start = out.mark();
+    let attempt = AssertUnwindSafe(|| carry_out(device, agreement, command, cookie, payload, call, out));
+    let error = match catch_unwind(attempt).unwrap_or_else(panicked) {
+        Ok(()) => return Answer::Done,
+        Err(error) => error,
+    };
+    out.truncate(start);
+    if matches!(error, Error::WouldBlock) && !call.may_block() {
+        return Answer::Blocked;
+    }
+    let fast = matches!(command, Command::WriteZeroes { fast: true, .. });
+    let code = match error.code() {
+        // The specification keeps these two for one case each; EOVERFLOW is given by the check of requests.
+        ErrorCode::NotSupported if !fast => ErrorCode::Invalid,
+        ErrorCode::Overflow => ErrorCode::Invalid,
+        code => code,
+    };
+    let why = error.to_string();
+    transmission::error(out, agreement.structured, cookie, code, &why);
+    // A client asks for fast zeroes to find out; that they are not to be had is no failure.
+    if fast && code == ErrorCode::NotSupported { Answer::Done } else { Answer::Failed(why) }
+}
+
+fn carry_out(
+    device: &dyn Device,
+    agreement: &Agreement,
+    command: Command,
+    cookie: u64,
+    payload: &[u8],
+    call: &Call,
+    out: &mut Segments,
+) -> Result<()> {
+    let offered = &agreement.offered;
+    let native = |fua: bool| Flags { fua: fua && offered.fua == Support::Native, ..Flags::default() };
+    let mut flush_after = false;
+    match command {
+        Command::Read { offset, length } => {
+            transmission::read_header(out, agreement.structured, cookie, offset, length);
+            let before = out.len();
+            if length > 0 {
+                device.read_segments(out, length as usize, offset, call)?;
+            }
+            let got = out.len() - before;
+            if got != length as usize {
+                let why = format!("the device gave {got} bytes for a read of {length}");
+                return Err(Error::failed(ErrorCode::Io, why));
+            }
+            return Ok(());
+        }
+        Command::BlockStatus { offset, length, one } => {
+            let mut extents = Extents::new(offset, length, one);
+            if offered.extents {
+                device.extents(&mut extents, call)?;
+            } else {
+                extents.add(offset, length, 0);
+            }
+            if extents.list().is_empty() {
+                return Err(Error::failed(ErrorCode::Io, "the device described no extent"));
+            }
+            transmission::block_status(out, cookie, &extents);
+            return Ok(());
+        }
+        Command::Write { offset, fua, .. } => {
+            device.write(payload, offset, native(fua), call)?;
+            flush_after = fua;
+        }
+        Command::Flush => device.flush(call)?,
+        Command::Trim { offset, length, fua } => {
+            device.trim(length, offset, native(fua), call)?;
+            flush_after = fua;
+        }
+        Command::WriteZeroes { offset, length, fua, may_trim, fast } => {
+            let flags = Flags { may_trim, fast, ..native(fua) };
+            zero(device, offered, length, offset, flags, call)?;
+            flush_after = fua;
+        }
+        Command::Cache { offset, length } if offered.cache == Support::Native => device.cache(length, offset, call)?,
+        Command::Cache { offset, length } => read_through(device, length, offset, call)?,
+        Command::Nothing => {}
+    }
+    if flush_after && offered.fua == Support::Emulate {
+        device.flush(call)?;
+    }
+    transmission::done(out, cookie);
+    Ok(())
+}
+
+/// Zeroes by the device, or by writing them.
+fn zero(
+    device: &dyn Device,
+    offered: &Capabilities,
+    length: u64,
+    offset: u64,
+    flags: Flags,
+    call: &Call,
+) -> Result<()> {
+    if offered.zero == Support::Native {
+        match device.zero(length, offset, flags, call) {
+            Err(Error::Failed { code: ErrorCode::NotSupported, .. }) if !flags.fast => {}
+            done => return done,
+        }
+    } else if flags.fast {
+        return Err(Error::not_supported("zeroes would be no faster than a write"));
+    }
+    if !call.may_block() {
+        return Err(Error::WouldBlock);
+    }
+    let write = Flags { fua: flags.fua, ..Flags::default() };
+    pieces(length, offset, |piece, at| device.write(&ZEROES[..piece], at, write, call))
+}
+
+/// Brings data near by reading it.
+fn read_through(device: &dyn Device, length: u64, offset: u64, call: &Call) -> Result<()> {
+    if !call.may_block() {
+        return Err(Error::WouldBlock);
+    }
+    let mut buffer = vec![0; ZEROES.len()];
+    pieces(length, offset, |piece, at| device.read(&mut buffer[..piece], at, call))
+}
+
+fn pieces(length: u64, offset: u64, mut each: impl FnMut(usize, u64) -> Result<()>) -> Result<()> {
+    let mut done = 0;
+    while done < length {
+        let piece = (length - done).min(ZEROES.len() as u64);
+        each(piece as usize, offset + done)?;
+        done += piece;
+    }
+    Ok(())
+}

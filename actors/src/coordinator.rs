@@ -1,0 +1,753 @@
+//! The one place where the server's end is decided: every reason to end arrives here as a message, and only from here go
+//! orders out.
+//!
+//! `State` is the decision alone: messages in, orders out, no clock and no channel. The actor round it carries the orders
+//! out. The phase only moves forward; the first cause is kept; a later one may make the end sooner, never later.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::fmt;
+use std::future::pending;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use async_channel::{Receiver, Sender};
+use smol::future::or;
+use smol::stream::Stream;
+use smol::{Task, Timer};
+
+use crate::child_supervisor;
+use crate::device::Exports;
+use crate::exit_policy;
+use crate::log::Speaker;
+use crate::server::Hook;
+use crate::session::SessionId;
+
+/// Why a server ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The command has ended.
+    CommandEnded(CommandEnd),
+    /// Somebody sent this signal.
+    Signal(i32),
+    /// The process that the server was to live as long as is gone.
+    ParentEnded,
+    /// The processes that hold the command and its status are gone.
+    FrontEnded,
+    /// The last client has left.
+    LastClientLeft,
+    /// Something that was waited for has happened.
+    Event(String),
+    /// The embedding program or a device asked for it.
+    Requested,
+    /// Something without which the server cannot go on has failed.
+    Fatal(String),
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::CommandEnded(end) => write!(f, "the command {end}"),
+            Cause::Signal(number) => write!(f, "received signal {number}"),
+            Cause::ParentEnded => f.write_str("the parent process has ended"),
+            Cause::FrontEnded => f.write_str("the process that waits for the command has ended"),
+            Cause::LastClientLeft => f.write_str("the last client has left"),
+            Cause::Event(event) => f.write_str(event),
+            Cause::Requested => f.write_str("a shutdown was requested"),
+            Cause::Fatal(why) => f.write_str(why),
+        }
+    }
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommandEnd {
+    /// With this status, 0 to 255.
+    Exited(i32),
+    /// By this signal.
+    Killed(i32),
+}
+
+impl fmt::Display for CommandEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CommandEnd::Exited(status) => write!(f, "ended with status {status}"),
+            CommandEnd::Killed(signal) => write!(f, "was killed by signal {signal}"),
+        }
+    }
+}
+
+/// How a server ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// The first cause.
+    pub cause: Cause,
+    /// How the command ended, if there was one.
+    pub command: Option<CommandEnd>,
+    /// What went wrong on the way: a flush or close that failed, requests that were given up.
+    pub failure: Option<String>,
+}
+
+impl Outcome {
+    /// The exit status of a program that is this server. The one place that turns cause, command and drain into it.
+    pub fn exit_status(&self) -> i32 {
+        if self.cause == Cause::ParentEnded && self.failure.is_none() {
+            return 0;
+        }
+        let own = i32::from(self.failure.is_some());
+        match self.command {
+            Some(CommandEnd::Killed(signal)) => 128 + signal,
+            Some(CommandEnd::Exited(0)) | None => own,
+            Some(CommandEnd::Exited(status)) => status,
+        }
+    }
+}
+
+/// What the Coordinator hears.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    /// A reason to end.
+    Cause(Cause),
+    /// A signal that asks for the end, and when it came, since the server's start.
+    Signal { number: i32, at: Duration },
+    /// A client was accepted.
+    SessionOpened(SessionId),
+    /// It reached the transmission phase.
+    SessionNegotiated(SessionId),
+    /// It is gone. `failure`: its device could not be flushed or closed.
+    SessionClosed { id: SessionId, failure: Option<String> },
+    /// Nothing more will be accepted.
+    ListenerClosed,
+    /// A time that was asked for is over.
+    Deadline(Deadline),
+    /// The exports were unloaded, or could not be.
+    Unloaded(Option<String>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deadline {
+    /// For the command, since it was told to end.
+    Grace,
+    /// For the sessions, since they were told to drain.
+    Drain,
+}
+
+/// What the Coordinator says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// To the Listener: accept nothing more.
+    StopListening,
+    /// To every Session: finish what is under way, take nothing new.
+    DrainSessions,
+    /// To every Session: stop now.
+    CloseSessions,
+    /// To the ChildSupervisor: pass this signal on to the command.
+    SignalCommand(i32),
+    /// To the ChildSupervisor: kill the command and its tree.
+    KillCommand,
+    /// To itself: say when this time is over.
+    Arm(Deadline),
+    /// To the exports: let go of everything.
+    Unload,
+    /// To who waits for the server.
+    Finish(Outcome),
+}
+
+/// Only moves forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Serving,
+    /// New clients are refused, present ones served.
+    Refusing,
+    Draining,
+    Stopped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Command {
+    None,
+    Running,
+    Ended(CommandEnd),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unload {
+    NotYet,
+    Asked,
+    Done,
+}
+
+/// A repeated signal counts as a second request only this long after the first: `timeout(1)` signals a process and then its
+/// group, systemd every process of a cgroup.
+const SECOND_SIGNAL: Duration = Duration::from_millis(250);
+
+/// `SIGTERM`, by its number, since the engine sends no signals itself.
+const SIGTERM: i32 = 15;
+
+/// The decision: what is known, and what follows.
+#[derive(Debug)]
+pub(crate) struct State {
+    phase: Phase,
+    cause: Option<Cause>,
+    sessions: HashSet<SessionId>,
+    listening: bool,
+    command: Command,
+    grace_armed: bool,
+    killed: bool,
+    closed: bool,
+    first_signals: Vec<(i32, Duration)>,
+    failure: Option<String>,
+    unload: Unload,
+}
+
+impl State {
+    /// A server that listens, with or without a command.
+    pub(crate) fn new(has_command: bool) -> State {
+        State {
+            phase: Phase::Serving,
+            cause: None,
+            sessions: HashSet::new(),
+            listening: true,
+            command: if has_command { Command::Running } else { Command::None },
+            grace_armed: false,
+            killed: false,
+            closed: false,
+            first_signals: Vec::new(),
+            failure: None,
+            unload: Unload::NotYet,
+        }
+    }
+
+    /// The first cause, once there is one.
+    pub(crate) fn cause(&self) -> Option<&Cause> {
+        self.cause.as_ref()
+    }
+
+    pub(crate) fn on(&mut self, message: Message) -> Vec<Order> {
+        let mut orders = Vec::new();
+        if self.phase == Phase::Stopped {
+            return orders;
+        }
+        match message {
+            Message::Cause(cause) => self.on_cause(cause, &mut orders),
+            Message::Signal { number, at } => self.on_signal(number, at, &mut orders),
+            Message::SessionOpened(id) => {
+                self.sessions.insert(id);
+            }
+            Message::SessionNegotiated(_) => {}
+            Message::SessionClosed { id, failure } => {
+                self.sessions.remove(&id);
+                self.fail(failure);
+            }
+            Message::ListenerClosed => self.listening = false,
+            Message::Deadline(Deadline::Grace) => self.kill(&mut orders),
+            Message::Deadline(Deadline::Drain) => {
+                if self.unload != Unload::Done {
+                    let left = self.sessions.len();
+                    self.fail(Some(format!("the drain timed out: {left} clients were cut off")));
+                    self.close(&mut orders);
+                }
+            }
+            Message::Unloaded(failure) => {
+                self.unload = Unload::Done;
+                self.fail(failure);
+            }
+        }
+        self.settle(&mut orders);
+        orders
+    }
+
+    fn on_cause(&mut self, cause: Cause, orders: &mut Vec<Order>) {
+        self.cause.get_or_insert_with(|| cause.clone());
+        match cause {
+            Cause::CommandEnded(end) => {
+                if self.command == Command::Running {
+                    self.command = Command::Ended(end);
+                }
+                self.drain(orders);
+            }
+            // As a signal, which comes with its time.
+            Cause::Signal(number) => self.end_command(number, orders),
+            Cause::ParentEnded => self.end_command(SIGTERM, orders),
+            Cause::FrontEnded => {
+                self.end_command(SIGTERM, orders);
+                self.drain(orders);
+            }
+            Cause::Fatal(why) => {
+                self.fail(Some(why));
+                self.end_command(SIGTERM, orders);
+                self.drain(orders);
+            }
+            Cause::LastClientLeft | Cause::Requested => self.drain(orders),
+            Cause::Event(_) => self.refuse(orders),
+        }
+    }
+
+    fn on_signal(&mut self, number: i32, at: Duration, orders: &mut Vec<Order>) {
+        self.cause.get_or_insert(Cause::Signal(number));
+        let first = self.first_signals.iter().find(|(known, _)| *known == number);
+        match first {
+            None => {
+                self.first_signals.push((number, at));
+                self.end_command(number, orders);
+            }
+            Some((_, first)) if at.saturating_sub(*first) >= SECOND_SIGNAL => {
+                self.kill(orders);
+                self.drain(orders);
+                if !self.closed {
+                    self.close(orders);
+                    // A command's status speaks for itself.
+                    if self.command == Command::None {
+                        self.fail(Some("a second signal ended the drain".into()));
+                    }
+                }
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Tells the command to end, and serves it meanwhile; without one, drains.
+    fn end_command(&mut self, signal: i32, orders: &mut Vec<Order>) {
+        if self.command != Command::Running {
+            return self.drain(orders);
+        }
+        orders.push(Order::SignalCommand(signal));
+        if !self.grace_armed {
+            self.grace_armed = true;
+            orders.push(Order::Arm(Deadline::Grace));
+        }
+    }
+
+    fn kill(&mut self, orders: &mut Vec<Order>) {
+        if self.command == Command::Running && !self.killed {
+            self.killed = true;
+            orders.push(Order::KillCommand);
+        }
+    }
+
+    fn refuse(&mut self, orders: &mut Vec<Order>) {
+        if self.phase < Phase::Refusing {
+            self.phase = Phase::Refusing;
+            orders.push(Order::StopListening);
+        }
+    }
+
+    fn drain(&mut self, orders: &mut Vec<Order>) {
+        self.refuse(orders);
+        if self.phase < Phase::Draining {
+            self.phase = Phase::Draining;
+            orders.push(Order::DrainSessions);
+            orders.push(Order::Arm(Deadline::Drain));
+        }
+    }
+
+    /// Stops without waiting for anything that is under way.
+    fn close(&mut self, orders: &mut Vec<Order>) {
+        if !self.closed {
+            self.closed = true;
+            orders.push(Order::CloseSessions);
+        }
+    }
+
+    /// Keeps the first failure.
+    fn fail(&mut self, failure: Option<String>) {
+        if self.failure.is_none() {
+            self.failure = failure;
+        }
+    }
+
+    /// Goes as far forward as the facts allow.
+    fn settle(&mut self, orders: &mut Vec<Order>) {
+        let nobody_left = !self.listening && self.sessions.is_empty();
+        if self.phase == Phase::Refusing && nobody_left {
+            self.drain(orders);
+        }
+        if self.phase != Phase::Draining || !nobody_left {
+            return;
+        }
+        match self.unload {
+            // What hangs in the device would hang its unloading too.
+            Unload::NotYet | Unload::Asked if self.closed => self.unload = Unload::Done,
+            Unload::NotYet => {
+                self.unload = Unload::Asked;
+                orders.push(Order::Unload);
+            }
+            Unload::Asked | Unload::Done => {}
+        }
+        let command = match self.command {
+            Command::Running => return,
+            Command::Ended(end) => Some(end),
+            Command::None => None,
+        };
+        if self.unload == Unload::Done
+            && let Some(cause) = self.cause.clone()
+        {
+            self.phase = Phase::Stopped;
+            orders.push(Order::Finish(Outcome { cause, command, failure: self.failure.clone() }));
+        }
+    }
+}
+
+/// All that other actors hold of the Coordinator. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    // Unbounded, because telling a death must never wait. What comes in is small and counted: three messages for each
+    // client, and causes.
+    inbox: Sender<Message>,
+    started: Instant,
+}
+
+impl Handle {
+    pub(crate) fn tell(&self, message: Message) {
+        // A Coordinator that is gone needs no more reasons.
+        let _ = self.inbox.try_send(message);
+    }
+
+    /// Gives the server a reason to end. Returns at once; the end is told by [`crate::Running::wait`].
+    pub fn shut_down(&self, cause: Cause) {
+        self.tell(Message::Cause(cause));
+    }
+
+    /// A signal that asks for the end has come: the first ends the server orderly, the same again a quarter of a second or
+    /// more later at once.
+    pub fn signal(&self, number: i32) {
+        self.tell(Message::Signal { number, at: self.started.elapsed() });
+    }
+
+    /// For an actor to hold while it runs: if it panics, that is a fatal cause.
+    pub(crate) fn guard(&self, actor: &'static str) -> Guard {
+        Guard { actor, coordinator: self.clone() }
+    }
+}
+
+pub(crate) struct Guard {
+    actor: &'static str,
+    coordinator: Handle,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.coordinator.shut_down(Cause::Fatal(format!("{} panicked", self.actor)));
+        }
+    }
+}
+
+/// What all sessions and the Listener watch. Nothing is ever sent: an order is given by closing its channel, which reaches
+/// every receiver.
+#[derive(Clone, Debug)]
+pub(crate) struct Orders {
+    stop: Receiver<Infallible>,
+    drain: Receiver<Infallible>,
+    close: Receiver<Infallible>,
+}
+
+impl Orders {
+    /// Ends when the Listener is to stop.
+    pub(crate) async fn stopping(&self) {
+        let _ = self.stop.recv().await;
+    }
+
+    /// Ends when sessions are to drain.
+    pub(crate) async fn draining(&self) {
+        let _ = self.drain.recv().await;
+    }
+
+    /// Ends when sessions are to stop now.
+    pub(crate) async fn closing(&self) {
+        let _ = self.close.recv().await;
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.drain.is_closed()
+    }
+
+    pub(crate) fn watch_draining(&self) -> Watch {
+        Watch(Box::pin(self.drain.clone()))
+    }
+}
+
+/// Waits for an order beside other things.
+pub(crate) struct Watch(Pin<Box<Receiver<Infallible>>>);
+
+impl Watch {
+    /// Ready once the order was given, and ever after.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.as_mut().poll_next(cx).map(|_| ())
+    }
+}
+
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub grace: Duration,
+    pub drain: Duration,
+}
+
+/// The other ends of what the actor holds.
+pub(crate) struct Ends {
+    pub handle: Handle,
+    pub orders: Orders,
+    pub outcome: Receiver<Outcome>,
+}
+
+/// The actor: carries out what [`State`] decides.
+pub(crate) struct Coordinator {
+    inbox: Receiver<Message>,
+    state: State,
+    limits: Limits,
+    exports: Arc<dyn Exports>,
+    speaker: Speaker,
+    command: Option<child_supervisor::Handle>,
+    exit_policy: Option<exit_policy::Handle>,
+    stop: Option<Sender<Infallible>>,
+    drain: Option<Sender<Infallible>>,
+    close: Option<Sender<Infallible>>,
+    outcome: Sender<Outcome>,
+    grace_timer: Option<Timer>,
+    drain_timer: Option<Timer>,
+    unloading: Option<Task<Option<String>>>,
+    ending_since: Option<Instant>,
+    at_end: Option<Hook>,
+}
+
+impl Coordinator {
+    pub(crate) fn new(
+        exports: Arc<dyn Exports>,
+        limits: Limits,
+        speaker: Speaker,
+        has_command: bool,
+    ) -> (Coordinator, Ends) {
+        let (inbox_sender, inbox) = async_channel::unbounded();
+        // Nothing is ever sent through these three.
+        let (stop, stopping) = async_channel::bounded(1);
+        let (drain, draining) = async_channel::bounded(1);
+        let (close, closing) = async_channel::bounded(1);
+        let (outcome, outcome_receiver) = async_channel::bounded(1);
+        let coordinator = Coordinator {
+            inbox,
+            state: State::new(has_command),
+            limits,
+            exports,
+            speaker,
+            command: None,
+            exit_policy: None,
+            stop: Some(stop),
+            drain: Some(drain),
+            close: Some(close),
+            outcome,
+            grace_timer: None,
+            drain_timer: None,
+            unloading: None,
+            ending_since: None,
+            at_end: None,
+        };
+        let ends = Ends {
+            handle: Handle { inbox: inbox_sender, started: Instant::now() },
+            orders: Orders { stop: stopping, drain: draining, close: closing },
+            outcome: outcome_receiver,
+        };
+        (coordinator, ends)
+    }
+
+    /// Whom to give orders about the command, whom to tell of sessions, and what to do last.
+    pub(crate) fn introduce(
+        &mut self,
+        command: Option<child_supervisor::Handle>,
+        exit_policy: Option<exit_policy::Handle>,
+        at_end: Option<Hook>,
+    ) {
+        self.command = command;
+        self.exit_policy = exit_policy;
+        self.at_end = at_end;
+    }
+
+    /// Runs until the outcome has been told. Dropped before that, everybody's orders are given at once: all channels close.
+    pub(crate) async fn run(mut self) {
+        while let Some(message) = self.next().await {
+            if let Some(policy) = &self.exit_policy {
+                policy.hear(&message);
+            }
+            let known = self.state.cause().is_some();
+            if known && let Message::Cause(cause) = &message {
+                self.speaker.debug(format_args!("also: {cause}"));
+            }
+            let orders = self.state.on(message);
+            if !known && let Some(cause) = self.state.cause() {
+                self.ending_since = Some(Instant::now());
+                self.speaker.debug(format_args!("ending: {cause}"));
+            }
+            for order in orders {
+                if let Order::Finish(outcome) = order {
+                    self.finish(outcome);
+                    return;
+                }
+                self.carry_out(order);
+            }
+        }
+    }
+
+    async fn next(&mut self) -> Option<Message> {
+        let heard = async { self.inbox.recv().await.ok() };
+        let grace = timer(&mut self.grace_timer, Deadline::Grace);
+        let drain = timer(&mut self.drain_timer, Deadline::Drain);
+        let unloaded = async {
+            match &mut self.unloading {
+                Some(task) => Some(Message::Unloaded(task.await)),
+                None => pending().await,
+            }
+        };
+        let message = or(heard, or(or(grace, drain), unloaded)).await;
+        match &message {
+            Some(Message::Deadline(Deadline::Grace)) => self.grace_timer = None,
+            Some(Message::Deadline(Deadline::Drain)) => self.drain_timer = None,
+            Some(Message::Unloaded(_)) => self.unloading = None,
+            _ => {}
+        }
+        message
+    }
+
+    fn carry_out(&mut self, order: Order) {
+        let debug = |line: fmt::Arguments<'_>| self.speaker.debug(line);
+        match order {
+            Order::StopListening => self.stop = None,
+            Order::DrainSessions => {
+                debug(format_args!("waiting for {} clients to finish", self.state.sessions.len()));
+                self.drain = None;
+            }
+            Order::CloseSessions => {
+                debug(format_args!("closing {} clients at once", self.state.sessions.len()));
+                self.close = None;
+            }
+            Order::SignalCommand(signal) => {
+                debug(format_args!("waiting for the command, which gets signal {signal}"));
+                self.command.iter().for_each(|command| command.signal(signal));
+            }
+            Order::KillCommand => {
+                debug(format_args!("killing the command"));
+                self.command.iter().for_each(child_supervisor::Handle::kill);
+            }
+            Order::Arm(Deadline::Grace) => self.grace_timer = Some(Timer::after(self.limits.grace)),
+            Order::Arm(Deadline::Drain) => self.drain_timer = Some(Timer::after(self.limits.drain)),
+            Order::Unload => {
+                let exports = Arc::clone(&self.exports);
+                self.unloading = Some(smol::unblock(move || exports.unload().err().map(|error| error.to_string())));
+            }
+            Order::Finish(_) => {}
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome) {
+        if let Some(failure) = &outcome.failure {
+            self.speaker.error(format_args!("{failure}"));
+        }
+        let took = self.ending_since.map_or(Duration::ZERO, |since| since.elapsed());
+        let status = outcome.exit_status();
+        self.speaker.debug(format_args!("ended after {took:.3?}, exit status {status}: {}", outcome.cause));
+        if let Some(hook) = self.at_end.take() {
+            hook();
+        }
+        // Nobody may be waiting any more.
+        let _ = self.outcome.try_send(outcome);
+    }
+}
+
+async fn timer(timer: &mut Option<Timer>, deadline: Deadline) -> Option<Message> {
+    match timer {
+        Some(timer) => {
+            timer.await;
+            Some(Message::Deadline(deadline))
+        }
+        None => pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: SessionId = SessionId(1);
+
+    fn finished(orders: &[Order]) -> Option<&Outcome> {
+        orders.iter().find_map(|order| if let Order::Finish(outcome) = order { Some(outcome) } else { None })
+    }
+
+    /// Plays the messages and returns the last orders.
+    fn play(state: &mut State, messages: impl IntoIterator<Item = Message>) -> Vec<Order> {
+        messages.into_iter().map(|message| state.on(message)).last().unwrap_or_default()
+    }
+
+    #[test]
+    fn the_end_waits_for_listener_sessions_unload_and_command() {
+        let mut state = State::new(true);
+        play(&mut state, [Message::SessionOpened(ONE)]);
+        let ended = Message::Cause(Cause::CommandEnded(CommandEnd::Exited(3)));
+        let orders = state.on(ended);
+        assert_eq!(orders, [Order::StopListening, Order::DrainSessions, Order::Arm(Deadline::Drain)]);
+        assert_eq!(state.on(Message::ListenerClosed), []);
+        assert_eq!(state.on(Message::SessionClosed { id: ONE, failure: None }), [Order::Unload]);
+        let orders = state.on(Message::Unloaded(None));
+        assert_eq!(finished(&orders).map(Outcome::exit_status), Some(3));
+    }
+
+    #[test]
+    fn a_signal_is_passed_on_and_clients_are_served_until_the_command_has_ended() {
+        let mut state = State::new(true);
+        let orders = state.on(Message::Signal { number: 15, at: Duration::ZERO });
+        assert_eq!(orders, [Order::SignalCommand(15), Order::Arm(Deadline::Grace)]);
+        assert_eq!(state.on(Message::Deadline(Deadline::Grace)), [Order::KillCommand]);
+        let orders = state.on(Message::Cause(Cause::CommandEnded(CommandEnd::Killed(9))));
+        assert!(orders.contains(&Order::DrainSessions));
+        let orders = play(&mut state, [Message::ListenerClosed, Message::Unloaded(None)]);
+        assert_eq!(finished(&orders).map(Outcome::exit_status), Some(137));
+    }
+
+    #[test]
+    fn a_second_signal_counts_only_after_a_quarter_of_a_second() {
+        let mut state = State::new(false);
+        play(&mut state, [Message::SessionOpened(ONE)]);
+        let signal = |at| Message::Signal { number: 15, at: Duration::from_millis(at) };
+        assert!(state.on(signal(0)).contains(&Order::DrainSessions));
+        assert_eq!(state.on(signal(249)), []);
+        assert_eq!(state.on(signal(250)), [Order::CloseSessions]);
+        let closed = Message::SessionClosed { id: ONE, failure: None };
+        let orders = play(&mut state, [Message::ListenerClosed, closed]);
+        assert_eq!(finished(&orders).map(Outcome::exit_status), Some(1));
+    }
+
+    #[test]
+    fn an_event_refuses_new_clients_and_serves_the_present_ones() {
+        let mut state = State::new(false);
+        play(&mut state, [Message::SessionOpened(ONE)]);
+        assert_eq!(state.on(Message::Cause(Cause::Event("the file is there".into()))), [Order::StopListening]);
+        assert_eq!(state.on(Message::ListenerClosed), []);
+        let orders = state.on(Message::SessionClosed { id: ONE, failure: None });
+        assert!(orders.contains(&Order::DrainSessions) && orders.contains(&Order::Unload));
+    }
+
+    #[test]
+    fn a_failed_close_is_status_1_only_if_the_command_had_none() {
+        for (status, want) in [(0, 1), (7, 7)] {
+            let mut state = State::new(true);
+            let failure = Some("no space".to_owned());
+            let ended = Message::Cause(Cause::CommandEnded(CommandEnd::Exited(status)));
+            let closed = Message::SessionClosed { id: ONE, failure };
+            let messages =
+                [Message::SessionOpened(ONE), closed, ended, Message::ListenerClosed, Message::Unloaded(None)];
+            let orders = play(&mut state, messages);
+            assert_eq!(finished(&orders).map(Outcome::exit_status), Some(want));
+        }
+    }
+
+    #[test]
+    fn the_last_client_does_not_end_the_command() {
+        let mut state = State::new(true);
+        let orders = play(&mut state, [Message::Cause(Cause::LastClientLeft), Message::ListenerClosed]);
+        assert_eq!(orders, [Order::Unload]);
+        assert_eq!(state.on(Message::Unloaded(None)), []);
+        let orders = state.on(Message::Cause(Cause::CommandEnded(CommandEnd::Exited(4))));
+        assert_eq!(finished(&orders).map(Outcome::exit_status), Some(4));
+    }
+}

@@ -1,0 +1,63 @@
+//! The engine of nbdcaptive: an NBD server made of actors, to embed in a smol program.
+//!
+//! It has no argv, no standard output, no exit status, no signal handler and no global. What serves the data is a
+//! [`device::Device`], opened for each client by [`device::Exports`]; a [`Server`] is told where to listen and is started on an
+//! executor; [`Running`] tells how it ended.
+//!
+//! # The map
+//!
+//! | file | what lives in it |
+//! |---|---|
+//! | `server.rs` | puts the actors together; what an embedder configures |
+//! | `coordinator.rs` | the one place where the end is decided: a pure state machine and a thin actor round it |
+//! | `listener.rs` | accepts clients, hands each socket to a Session, closes at the Coordinator's word |
+//! | `session/` | one client: `handshake.rs`, then `transmission.rs` |
+//! | `backend.rs` | owns the device of one connection; carries out batches of requests |
+//! | `child_supervisor.rs` | the command that the server is captive of, as the server sees it |
+//! | `parent_watcher.rs` | the process that the server is to live as long as |
+//! | `exit_policy.rs` | `exitlast`: sessions in, a cause out |
+//! | `device.rs` | the trait of every plugin and filter, with its contract |
+//! | `extents.rs`, `segments.rs` | what a device answers with: a map of holes, the data of a read |
+//! | `protocol/` | bytes to types and back, without I/O |
+//! | `transport.rs` | a client's byte stream, and where its readiness comes from |
+//! | `worker.rs` | threads with an epoll of their own, for speed |
+//! | `buffers.rs` | memory that goes round with requests and replies |
+//! | `log.rs` | lines for people |
+//!
+//! # Who tells what to whom
+//!
+//! ```text
+//!                  causes (unbounded, never wait)                      orders
+//!  ChildSupervisor ─┐                                   ┌─> Listener         stop accepting
+//!  ParentWatcher   ─┤                                   ├─> Session *        drain, or close
+//!  ExitPolicy      ─┼──────────> Coordinator ───────────┼─> ChildSupervisor  signal or kill the command
+//!  Listener        ─┤   (facts: opened, negotiated,     ├─> ExitPolicy       (the facts, passed on)
+//!  Session *       ─┘    closed, failed)                └─> Running          the outcome
+//!
+//!  Listener ──socket──> Session ──batch of requests──> Backend ──batch of replies──> Session
+//! ```
+//!
+//! A byte goes `transport` → `session/transmission` → `protocol/transmission` (parsed and checked) → `backend` → device, and
+//! its reply the same way back. A reason to end goes from any actor to `coordinator`, and orders go out from there alone.
+
+pub mod child_supervisor;
+pub mod coordinator;
+pub mod device;
+pub mod extents;
+pub mod log;
+pub mod protocol;
+pub mod segments;
+pub mod transport;
+
+mod backend;
+mod buffers;
+mod exit_policy;
+mod listener;
+mod parent_watcher;
+mod server;
+mod session;
+mod worker;
+
+pub use coordinator::{Cause, CommandEnd, Handle, Outcome};
+pub use server::{Running, Server};
+pub use session::SessionId;

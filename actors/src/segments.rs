@@ -1,0 +1,184 @@
+//! The data of a read on its way out: pieces of memory in the order in which they are sent, copied only where there is
+//! no other way.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Memory that a device lends for as long as a reply takes to be sent.
+pub type Shared = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// One piece of what is to be sent.
+pub(crate) enum Piece {
+    /// A range of the owner's own buffer.
+    Own(Range<usize>),
+    /// A range of memory that a device lent.
+    Lent(Shared, Range<usize>),
+    /// So many zeroes.
+    Zeroes(usize),
+}
+
+/// What a read appends its data to. See [`crate::device::Device::read_segments`].
+///
+/// The buffer in it is used again and again, so that in the steady state nothing is allocated and nothing is cleared.
+#[derive(Default)]
+pub struct Segments {
+    /// Bytes up to `used` belong to pieces; those behind are left over from earlier use.
+    own: Vec<u8>,
+    used: usize,
+    pieces: Vec<Piece>,
+    length: usize,
+}
+
+/// A place to return to: see [`Segments::truncate`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark {
+    used: usize,
+    pieces: usize,
+    length: usize,
+}
+
+impl Segments {
+    /// Appends `length` bytes for the caller to fill. They hold anything before that, also other replies' data.
+    pub fn space(&mut self, length: usize) -> &mut [u8] {
+        let start = self.used;
+        let end = start + length;
+        if end > self.own.len() {
+            self.own.resize(end.next_multiple_of(4096), 0);
+        }
+        match self.pieces.last_mut() {
+            Some(Piece::Own(range)) if range.end == start => range.end = end,
+            _ => self.pieces.push(Piece::Own(start..end)),
+        }
+        self.used = end;
+        self.length += length;
+        &mut self.own[start..end]
+    }
+
+    /// Appends `range` of memory that the device shares. Nothing is copied; it must not change until it is dropped.
+    pub fn shared(&mut self, memory: Shared, range: Range<usize>) {
+        self.length += range.len();
+        self.pieces.push(Piece::Lent(memory, range));
+    }
+
+    /// Appends `length` zeroes.
+    pub fn zeroes(&mut self, length: usize) {
+        self.length += length;
+        match self.pieces.last_mut() {
+            Some(Piece::Zeroes(before)) => *before += length,
+            _ => self.pieces.push(Piece::Zeroes(length)),
+        }
+    }
+
+    /// How many bytes were appended.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether nothing was appended.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    pub(crate) fn extend(&mut self, bytes: &[u8]) {
+        self.space(bytes.len()).copy_from_slice(bytes);
+    }
+
+    pub(crate) fn mark(&self) -> Mark {
+        Mark { used: self.used, pieces: self.pieces.len(), length: self.length }
+    }
+
+    /// Forgets all that was appended since `mark`.
+    pub(crate) fn truncate(&mut self, mark: Mark) {
+        self.pieces.truncate(mark.pieces);
+        // A piece that began before the mark and grew after it is cut back.
+        if let Some(Piece::Own(range)) = self.pieces.last_mut() {
+            range.end = range.end.min(mark.used);
+        }
+        let kept: usize = self.pieces.iter().map(piece_length).sum();
+        if let Some(Piece::Zeroes(count)) = self.pieces.last_mut() {
+            *count -= kept - mark.length;
+        }
+        self.used = mark.used;
+        self.length = mark.length;
+    }
+
+    pub(crate) fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+
+    pub(crate) fn own(&self) -> &[u8] {
+        &self.own
+    }
+
+    /// Empties it and keeps the buffer, unless the buffer has grown past `keep` bytes.
+    pub(crate) fn clear(&mut self, keep: usize) {
+        self.pieces.clear();
+        self.used = 0;
+        self.length = 0;
+        if self.own.len() > keep {
+            self.own = Vec::new();
+        }
+    }
+}
+
+pub(crate) fn piece_length(piece: &Piece) -> usize {
+    match piece {
+        Piece::Own(range) | Piece::Lent(_, range) => range.len(),
+        Piece::Zeroes(count) => *count,
+    }
+}
+
+impl fmt::Debug for Segments {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Segments").field("length", &self.length).field("pieces", &self.pieces.len()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(segments: &Segments) -> Vec<u8> {
+        let mut all = Vec::new();
+        for piece in segments.pieces() {
+            match piece {
+                Piece::Own(range) => all.extend_from_slice(&segments.own()[range.clone()]),
+                Piece::Lent(memory, range) => all.extend_from_slice(&(**memory).as_ref()[range.clone()]),
+                Piece::Zeroes(count) => all.resize(all.len() + count, 0),
+            }
+        }
+        assert_eq!(all.len(), segments.len());
+        all
+    }
+
+    #[test]
+    fn pieces_keep_their_order() {
+        let mut segments = Segments::default();
+        segments.extend(b"ab");
+        segments.shared(Arc::new(*b"cdef"), 1..3);
+        segments.zeroes(2);
+        segments.extend(b"g");
+        assert_eq!(bytes(&segments), b"abde\0\0g");
+    }
+
+    #[test]
+    fn truncate_returns_to_the_mark_inside_a_piece() {
+        let mut segments = Segments::default();
+        segments.extend(b"ab");
+        segments.zeroes(2);
+        let mark = segments.mark();
+        segments.zeroes(3);
+        segments.extend(b"xyz");
+        segments.truncate(mark);
+        assert_eq!(bytes(&segments), b"ab\0\0");
+        segments.extend(b"c");
+        assert_eq!(bytes(&segments), b"ab\0\0c");
+        let mut segments = Segments::default();
+        segments.extend(b"ab");
+        let mark = segments.mark();
+        segments.extend(b"cd");
+        segments.truncate(mark);
+        assert_eq!(bytes(&segments), b"ab");
+    }
+}

@@ -1,0 +1,241 @@
+//! Puts the actors together: what an embedder configures, starts and waits for.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_channel::Receiver;
+use async_io::Async;
+use smol::{Executor, Task};
+
+use crate::backend::Gates;
+use crate::buffers::Buffers;
+use crate::child_supervisor::{self, Captor};
+use crate::coordinator::{Cause, Coordinator, Handle, Limits, Outcome};
+use crate::device::Exports;
+use crate::exit_policy;
+use crate::listener::{Listener, Place};
+use crate::log::{Log, Silent, Speaker};
+use crate::parent_watcher;
+use crate::session::{Rules, Surroundings};
+
+/// A server that is not running yet.
+pub struct Server {
+    exports: Arc<dyn Exports>,
+    sockets: Vec<OwnedFd>,
+    rules: Rules,
+    limits: Limits,
+    log: Arc<dyn Log>,
+    workers: usize,
+    keepalive: bool,
+    exit_last: bool,
+    parent: Option<OwnedFd>,
+    captor: Option<Captor>,
+    before_refusing: Option<Hook>,
+    at_end: Option<Hook>,
+}
+
+/// Something short to do once.
+pub(crate) type Hook = Box<dyn FnOnce() + Send>;
+
+impl Server {
+    /// Serves `exports`, to nobody yet: see [`Server::listen`].
+    pub fn new(exports: Arc<dyn Exports>) -> Server {
+        Server {
+            exports,
+            sockets: Vec::new(),
+            rules: Rules {
+                read_only: false,
+                structured_replies: true,
+                meta_contexts: true,
+                handshake_flags: u16::MAX,
+                handshake_timeout: None,
+                threads: 16,
+            },
+            limits: Limits { grace: Duration::from_secs(5), drain: Duration::from_secs(30) },
+            log: Arc::new(Silent),
+            workers: 0,
+            keepalive: false,
+            exit_last: false,
+            parent: None,
+            captor: None,
+            before_refusing: None,
+            at_end: None,
+        }
+    }
+
+    /// Accepts clients from `socket`, a listening stream socket of any family. May be called several times.
+    pub fn listen(mut self, socket: impl Into<OwnedFd>) -> Server {
+        self.sockets.push(socket.into());
+        self
+    }
+
+    /// Takes no writes.
+    pub fn read_only(mut self, yes: bool) -> Server {
+        self.rules.read_only = yes;
+        self
+    }
+
+    /// Offers structured replies (the default).
+    pub fn structured_replies(mut self, yes: bool) -> Server {
+        self.rules.structured_replies = yes;
+        self
+    }
+
+    /// Offers metadata contexts (the default).
+    pub fn meta_contexts(mut self, yes: bool) -> Server {
+        self.rules.meta_contexts = yes;
+        self
+    }
+
+    /// Offers only those of the handshake flags.
+    pub fn mask_handshake(mut self, flags: u16) -> Server {
+        self.rules.handshake_flags = flags;
+        self
+    }
+
+    /// Drops a client that takes longer than this to negotiate. Without a limit by default.
+    pub fn handshake_timeout(mut self, limit: Option<Duration>) -> Server {
+        self.rules.handshake_timeout = limit;
+        self
+    }
+
+    /// How many requests of one client may wait for the device at a time, on as many threads. Default 16.
+    pub fn threads(mut self, count: usize) -> Server {
+        self.rules.threads = count;
+        self
+    }
+
+    /// Runs sessions on `count` threads of the server's own, each with an epoll of its own, started with the first client:
+    /// about half the system calls of a session on a plain executor. With 0, the default, sessions run on the executor that
+    /// is given to [`Server::start`].
+    pub fn workers(mut self, count: usize) -> Server {
+        self.workers = count;
+        self
+    }
+
+    /// Asks the system to notice clients that vanished (`SO_KEEPALIVE`).
+    pub fn keepalive(mut self, yes: bool) -> Server {
+        self.keepalive = yes;
+        self
+    }
+
+    /// Ends when the last client that reached the transmission phase has left.
+    pub fn exit_last(mut self, yes: bool) -> Server {
+        self.exit_last = yes;
+        self
+    }
+
+    /// Ends when the process behind `pidfd` has.
+    pub fn parent(mut self, pidfd: OwnedFd) -> Server {
+        self.parent = Some(pidfd);
+        self
+    }
+
+    /// Is captive of a command, which somebody else holds.
+    pub fn captor(mut self, captor: Captor) -> Server {
+        self.captor = Some(captor);
+        self
+    }
+
+    /// How long a command may take after it was told to end, before it is killed. Default 5 seconds.
+    pub fn grace_period(mut self, period: Duration) -> Server {
+        self.limits.grace = period;
+        self
+    }
+
+    /// How long requests that are under way at the end may take. Default 30 seconds.
+    pub fn drain_timeout(mut self, limit: Duration) -> Server {
+        self.limits.drain = limit;
+        self
+    }
+
+    /// Called once, before the sockets close, when no more clients are taken: to remove the names by which they are found.
+    /// Must not block.
+    pub fn before_refusing(mut self, hook: impl FnOnce() + Send + 'static) -> Server {
+        self.before_refusing = Some(Box::new(hook));
+        self
+    }
+
+    /// Called once, when everything has ended and before [`Running::wait`] returns. Must not block.
+    pub fn at_end(mut self, hook: impl FnOnce() + Send + 'static) -> Server {
+        self.at_end = Some(Box::new(hook));
+        self
+    }
+
+    /// Where lines for people go. Nowhere by default.
+    pub fn log(mut self, log: Arc<dyn Log>) -> Server {
+        self.log = log;
+        self
+    }
+
+    /// Starts every actor on `executor`, which somebody must run. Clients that have connected already are served.
+    ///
+    /// Errors: a socket cannot be watched.
+    pub fn start(self, executor: &Arc<Executor<'static>>) -> io::Result<Running> {
+        let speaker = Speaker::new(self.log);
+        let sockets = self.sockets.into_iter().map(Async::new).collect::<io::Result<Vec<_>>>()?;
+        let gates = Gates::new(self.exports.thread_model());
+        let exports = Arc::clone(&self.exports);
+        let (mut coordinator, ends) = Coordinator::new(exports, self.limits, speaker.clone(), self.captor.is_some());
+        let mut tasks = Vec::new();
+        let command = self.captor.map(|captor| {
+            let (handle, actor) = child_supervisor::new(captor, ends.handle.clone());
+            tasks.push(executor.spawn(actor));
+            handle
+        });
+        let policy = self.exit_last.then(|| {
+            let (handle, actor) = exit_policy::new(ends.handle.clone());
+            tasks.push(executor.spawn(actor));
+            handle
+        });
+        if let Some(pidfd) = self.parent {
+            tasks.push(executor.spawn(parent_watcher::run(pidfd, ends.handle.clone())));
+        }
+        coordinator.introduce(command, policy, self.at_end);
+        let surroundings = Surroundings {
+            rules: Arc::new(self.rules),
+            exports: self.exports,
+            gates,
+            coordinator: ends.handle.clone(),
+            orders: ends.orders,
+            buffers: Buffers::default(),
+            speaker,
+        };
+        let place = match self.workers {
+            0 => Place::Executor(Arc::clone(executor)),
+            count => Place::Workers { count, workers: None },
+        };
+        let listener =
+            Listener { sockets, place, surroundings, keepalive: self.keepalive, before_refusing: self.before_refusing };
+        tasks.push(executor.spawn(listener.run()));
+        tasks.push(executor.spawn(coordinator.run()));
+        Ok(Running { handle: ends.handle, outcome: ends.outcome, _tasks: tasks })
+    }
+}
+
+/// A server that runs. Dropped, all its actors are: connections close, nothing is drained.
+#[derive(Debug)]
+pub struct Running {
+    handle: Handle,
+    outcome: Receiver<Outcome>,
+    _tasks: Vec<Task<()>>,
+}
+
+impl Running {
+    /// What to ask for the end through.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Waits for the end: every session closed, every device flushed and closed, the exports unloaded. Dropped, the server
+    /// runs on for as long as `self` lives.
+    pub async fn wait(&self) -> Outcome {
+        // The Coordinator always tells, unless it panicked.
+        self.outcome.recv().await.unwrap_or_else(|_| {
+            let why = "the Coordinator panicked".to_owned();
+            Outcome { cause: Cause::Fatal(why.clone()), command: None, failure: Some(why) }
+        })
+    }
+}

@@ -1,0 +1,386 @@
+//! The handshake of one client: from the greeting until an export is chosen.
+//! Source: NBD doc/proto.md "Newstyle negotiation"; nbdkit server/protocol-handshake-newstyle.c.
+
+use std::io;
+use std::sync::Arc;
+
+use smol::lock::MutexGuardArc;
+
+use super::{End, Input, Opened, Surroundings, receive, send_all};
+use crate::backend::open;
+use crate::device::Client;
+use crate::log::Speaker;
+use crate::protocol::constants::*;
+use crate::protocol::handshake::*;
+use crate::protocol::transmission::{Agreement, BASE_ALLOCATION_ID};
+use crate::transport::Transport;
+
+/// How many options a client may send before it chooses an export, and as many again for each export it was listed.
+/// Source: nbdkit server/protocol-handshake-newstyle.c `MAX_NR_OPTIONS`.
+const MAX_OPTIONS: usize = 32;
+/// What is received at a time in a handshake, in bytes.
+const INPUT: usize = 4096;
+/// The most data of an option that is read over; a client that announces more has lost its way.
+const MAX_SKIP: u32 = MAX_PAYLOAD;
+
+const BASE_ALLOCATION: &[u8] = b"base:allocation";
+
+/// A handshake that ended with an export.
+pub(super) struct Agreed {
+    pub opened: Opened,
+    pub agreement: Agreement,
+    /// What the client sent on before it could know that it had succeeded.
+    pub left_over: Input,
+    /// Held to the session's end where clients are served one after another.
+    pub turn: Option<MutexGuardArc<()>>,
+}
+
+struct Handshake<'a> {
+    transport: &'a mut dyn Transport,
+    surroundings: &'a Surroundings,
+    speaker: &'a Speaker,
+    input: Input,
+    output: Vec<u8>,
+    structured: bool,
+    /// The export for which `base:allocation` was selected.
+    base_allocation: Option<Vec<u8>>,
+    options_left: usize,
+}
+
+/// What became of an option.
+enum Next {
+    Another,
+    Chosen(Box<Agreed>),
+}
+
+/// Negotiates. Dropped at any point, the client sees its connection close.
+pub(super) async fn run(
+    transport: &mut dyn Transport,
+    surroundings: &Surroundings,
+    speaker: &Speaker,
+) -> Result<Agreed, End> {
+    let handshake = Handshake {
+        transport,
+        surroundings,
+        speaker,
+        input: Input::default(),
+        output: Vec::new(),
+        structured: false,
+        base_allocation: None,
+        options_left: MAX_OPTIONS,
+    };
+    // Boxed: it is large, and gone as soon as an export is chosen.
+    Box::pin(handshake.negotiate()).await
+}
+
+impl Handshake<'_> {
+    async fn negotiate(mut self) -> Result<Agreed, End> {
+        let flags = (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES) & self.surroundings.rules.handshake_flags;
+        self.speaker.debug(format_args!("newstyle negotiation: flags: global 0x{flags:x}"));
+        self.output.extend_from_slice(&greeting(flags));
+        let client_flags = u32::from_be_bytes(self.take().await?);
+        self.speaker.debug(format_args!("newstyle negotiation: client flags: 0x{client_flags:x}"));
+        if client_flags & !u32::from(flags) != 0 {
+            return Err(End::Broken(format!("unknown client flags 0x{client_flags:x}")));
+        }
+        let fixed = client_flags & u32::from(NBD_FLAG_FIXED_NEWSTYLE) != 0;
+        let no_zeroes = client_flags & u32::from(NBD_FLAG_NO_ZEROES) != 0;
+        while self.options_left > 0 {
+            self.options_left -= 1;
+            let Some(header) = OptionHeader::parse(&self.take().await?) else {
+                return Err(End::Broken("an option does not start with the option magic".into()));
+            };
+            if let Next::Chosen(agreed) = self.option(header, fixed, no_zeroes).await? {
+                return Ok(Agreed { left_over: self.input, ..*agreed });
+            }
+        }
+        Err(End::Broken("client spent too much time negotiating without selecting an export".into()))
+    }
+
+    async fn option(&mut self, header: OptionHeader, fixed: bool, no_zeroes: bool) -> Result<Next, End> {
+        let OptionHeader { option, length } = header;
+        if length > MAX_OPTION_DATA {
+            if option == NBD_OPT_EXPORT_NAME || length > MAX_SKIP {
+                return Err(End::Broken(format!("client option data too long ({length})")));
+            }
+            self.skip(length).await?;
+            self.refuse(option, NBD_REP_ERR_TOO_BIG, "the option's data is too long");
+            return Ok(Next::Another);
+        }
+        let data = self.data(length as usize).await?;
+        // Without the fixed bit a client knows no replies to options.
+        if !fixed && option != NBD_OPT_EXPORT_NAME {
+            self.refuse(option, NBD_REP_ERR_INVALID, "only NBD_OPT_EXPORT_NAME without fixed newstyle");
+            return Ok(Next::Another);
+        }
+        let parsed = match HandshakeOption::parse(option, &data) {
+            Ok(parsed) => parsed,
+            Err(why) if option == NBD_OPT_EXPORT_NAME => return Err(End::Broken(why.into())),
+            Err(why) => {
+                // A selection that fails clears the one before it.
+                if option == NBD_OPT_SET_META_CONTEXT {
+                    self.base_allocation = None;
+                }
+                self.refuse(option, NBD_REP_ERR_INVALID, why);
+                return Ok(Next::Another);
+            }
+        };
+        match parsed {
+            HandshakeOption::ExportName(name) => return self.export_name(name, no_zeroes).await,
+            HandshakeOption::Go(query) => return self.export(NBD_OPT_GO, query).await,
+            HandshakeOption::Info(query) => return self.export(NBD_OPT_INFO, query).await,
+            HandshakeOption::Abort => {
+                self.reply(option, NBD_REP_ACK, &[]);
+                // The client need not wait for the reply.
+                let _ = self.flush().await;
+                return Err(End::Disconnected);
+            }
+            HandshakeOption::List => self.list().await,
+            HandshakeOption::StartTls => self.refuse(option, NBD_REP_ERR_UNSUP, "TLS is not enabled"),
+            HandshakeOption::StructuredReply if !self.surroundings.rules.structured_replies => {
+                self.refuse(option, NBD_REP_ERR_UNSUP, "structured replies are disabled");
+            }
+            HandshakeOption::StructuredReply if self.structured => {
+                self.refuse(option, NBD_REP_ERR_INVALID, "structured replies are in use already");
+            }
+            HandshakeOption::StructuredReply => {
+                self.structured = true;
+                self.reply(option, NBD_REP_ACK, &[]);
+            }
+            HandshakeOption::ListMetaContext(query) => self.list_meta_context(&query),
+            HandshakeOption::SetMetaContext(query) => self.set_meta_context(query),
+            HandshakeOption::Unknown => self.refuse(option, NBD_REP_ERR_UNSUP, "unknown option"),
+        }
+        Ok(Next::Another)
+    }
+
+    async fn export_name(&mut self, name: Vec<u8>, no_zeroes: bool) -> Result<Next, End> {
+        // The specification has no reply for a refused export here; the connection just ends.
+        let (agreed, flags) = self.open(name).await.map_err(End::Broken)?;
+        self.output.extend_from_slice(&export_name_reply(agreed.agreement.size, flags, no_zeroes));
+        self.flush().await?;
+        Ok(Next::Chosen(Box::new(agreed)))
+    }
+
+    async fn export(&mut self, option: u32, query: ExportQuery) -> Result<Next, End> {
+        let client = self.client(query.name.clone());
+        let (agreed, flags) = match self.open(query.name).await {
+            Ok(opened) => opened,
+            Err(why) => {
+                self.refuse(option, NBD_REP_ERR_UNKNOWN, &why);
+                return Ok(Next::Another);
+            }
+        };
+        // Always sent, asked for or not.
+        self.reply(option, NBD_REP_INFO, &[&info_export(agreed.agreement.size, flags)]);
+        for info in query.infos {
+            match info {
+                NBD_INFO_NAME => {
+                    let name = if client.export_name.is_empty() {
+                        self.ask(client.clone(), |exports, client| exports.default_export(client).ok().flatten()).await
+                    } else {
+                        Some(client.export_name.clone())
+                    };
+                    if let Some(name) = name {
+                        self.reply(option, NBD_REP_INFO, &[&NBD_INFO_NAME.to_be_bytes(), cut(&name)]);
+                    }
+                }
+                NBD_INFO_DESCRIPTION => {
+                    let text = self.ask(client.clone(), |exports, client| exports.description(client)).await;
+                    if let Some(text) = text {
+                        let parts: [&[u8]; 2] = [&NBD_INFO_DESCRIPTION.to_be_bytes(), cut(text.as_bytes())];
+                        self.reply(option, NBD_REP_INFO, &parts);
+                    }
+                }
+                NBD_INFO_BLOCK_SIZE => {
+                    if let Some(size) = agreed.opened.offered.block_size {
+                        self.reply(option, NBD_REP_INFO, &[&info_block_size(size)]);
+                    }
+                }
+                // Sent already, or not known: the specification lets a server pass over those.
+                _ => {}
+            }
+        }
+        self.reply(option, NBD_REP_ACK, &[]);
+        if option == NBD_OPT_INFO {
+            if let Err(error) = agreed.opened.close().await {
+                self.speaker.error(format_args!("closing the device: {error}"));
+            }
+            return Ok(Next::Another);
+        }
+        self.flush().await?;
+        Ok(Next::Chosen(Box::new(agreed)))
+    }
+
+    fn client(&self, export_name: Vec<u8>) -> Client {
+        Client { export_name, read_only: self.surroundings.rules.read_only, is_tls: false }
+    }
+
+    /// Opens the export `name` and says what was agreed about it; or why it is not to be had.
+    async fn open(&mut self, name: Vec<u8>) -> Result<(Agreed, u16), String> {
+        let shown = String::from_utf8_lossy(&name);
+        self.speaker.debug(format_args!("newstyle negotiation: client requested export '{shown}'"));
+        let gates = &self.surroundings.gates;
+        let turn = gates.enter().await;
+        let base_allocation = self.base_allocation.as_ref() == Some(&name);
+        let opened = match open(Arc::clone(&self.surroundings.exports), self.client(name)).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.speaker.error(format_args!("{error}"));
+                return Err(error.to_string());
+            }
+        };
+        let agreement =
+            Agreement { size: opened.size, offered: opened.offered, structured: self.structured, base_allocation };
+        let flags = agreement.flags(gates.multi_conn());
+        self.speaker.debug(format_args!("newstyle negotiation: flags: export 0x{flags:x}"));
+        Ok((Agreed { opened, agreement, left_over: Input::default(), turn }, flags))
+    }
+
+    /// Asks the exports something on a thread that may wait.
+    async fn ask<T: Send + 'static>(
+        &mut self,
+        client: Client,
+        question: impl FnOnce(&dyn crate::device::Exports, &Client) -> T + Send + 'static,
+    ) -> T {
+        let exports = Arc::clone(&self.surroundings.exports);
+        smol::unblock(move || question(&*exports, &client)).await
+    }
+
+    async fn list(&mut self) {
+        let anybody = self.client(Vec::new());
+        match self.ask(anybody, |exports, client| exports.list(client)).await {
+            Ok(exports) => {
+                self.options_left += MAX_OPTIONS * exports.len();
+                for export in exports {
+                    let name = cut(&export.name);
+                    let length = (name.len() as u32).to_be_bytes();
+                    let parts = [&length[..], name, cut(export.description.as_bytes())];
+                    self.reply(NBD_OPT_LIST, NBD_REP_SERVER, &parts);
+                }
+                self.reply(NBD_OPT_LIST, NBD_REP_ACK, &[]);
+            }
+            Err(error) => {
+                self.speaker.error(format_args!("{error}"));
+                self.refuse(NBD_OPT_LIST, NBD_REP_ERR_PLATFORM, &error.to_string());
+            }
+        }
+    }
+
+    fn list_meta_context(&mut self, query: &MetaContextQuery) {
+        let option = NBD_OPT_LIST_META_CONTEXT;
+        if !self.surroundings.rules.meta_contexts {
+            return self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
+        }
+        let wanted = |query: &Vec<u8>| query == b"base:" || query == BASE_ALLOCATION;
+        if query.queries.is_empty() || query.queries.iter().any(wanted) {
+            self.reply(option, NBD_REP_META_CONTEXT, &[&0u32.to_be_bytes(), BASE_ALLOCATION]);
+        }
+        self.reply(option, NBD_REP_ACK, &[]);
+    }
+
+    fn set_meta_context(&mut self, query: MetaContextQuery) {
+        let option = NBD_OPT_SET_META_CONTEXT;
+        self.base_allocation = None;
+        if !self.surroundings.rules.meta_contexts {
+            return self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
+        }
+        if !self.structured {
+            return self.refuse(option, NBD_REP_ERR_INVALID, "structured replies must be negotiated first");
+        }
+        if query.queries.iter().any(|query| query == BASE_ALLOCATION) {
+            self.reply(option, NBD_REP_META_CONTEXT, &[&BASE_ALLOCATION_ID.to_be_bytes(), BASE_ALLOCATION]);
+            self.base_allocation = Some(query.name);
+        }
+        self.reply(option, NBD_REP_ACK, &[]);
+    }
+
+    fn reply(&mut self, option: u32, reply: u32, parts: &[&[u8]]) {
+        self.speaker.debug(format_args!("newstyle negotiation: replying to option {option} with 0x{reply:x}"));
+        option_reply(&mut self.output, option, reply, parts);
+    }
+
+    fn refuse(&mut self, option: u32, reply: u32, why: &str) {
+        self.reply(option, reply, &[cut(why.as_bytes())]);
+    }
+
+    async fn flush(&mut self) -> Result<(), End> {
+        let sent = send_all(self.transport, &self.output).await;
+        self.output.clear();
+        sent.map_err(End::Lost)
+    }
+
+    /// Receives more; what was said before goes out first, since the client may be waiting for it.
+    async fn more(&mut self) -> Result<(), End> {
+        if !self.output.is_empty() {
+            self.flush().await?;
+        }
+        let input = &mut self.input;
+        if input.start == input.end {
+            (input.start, input.end) = (0, 0);
+        }
+        if input.end == input.buffer.len() {
+            input.buffer.copy_within(input.start..input.end, 0);
+            (input.start, input.end) = (0, input.end - input.start);
+            if input.end + INPUT > input.buffer.len() {
+                input.buffer.resize(input.end + INPUT, 0);
+            }
+        }
+        match receive(self.transport, &mut input.buffer[input.end..]).await {
+            Ok(0) if input.start == input.end => Err(End::Disconnected),
+            Ok(0) => Err(End::Lost(io::ErrorKind::UnexpectedEof.into())),
+            Ok(count) => {
+                input.end += count;
+                Ok(())
+            }
+            Err(error) => Err(End::Lost(error)),
+        }
+    }
+
+    async fn take<const N: usize>(&mut self) -> Result<[u8; N], End> {
+        loop {
+            if let Some(bytes) = self.input.bytes().first_chunk::<N>() {
+                let bytes = *bytes;
+                self.input.start += N;
+                return Ok(bytes);
+            }
+            self.more().await?;
+        }
+    }
+
+    /// `length` is at most [`MAX_OPTION_DATA`].
+    async fn data(&mut self, length: usize) -> Result<Vec<u8>, End> {
+        while self.input.bytes().len() < length {
+            self.more().await.map_err(inside)?;
+        }
+        let data = self.input.bytes()[..length].to_vec();
+        self.input.start += length;
+        Ok(data)
+    }
+
+    async fn skip(&mut self, length: u32) -> Result<(), End> {
+        let mut left = length as usize;
+        loop {
+            let here = self.input.bytes().len().min(left);
+            self.input.start += here;
+            left -= here;
+            if left == 0 {
+                return Ok(());
+            }
+            self.more().await.map_err(inside)?;
+        }
+    }
+}
+
+/// An end inside an option is no orderly one.
+fn inside(end: End) -> End {
+    match end {
+        End::Disconnected => End::Lost(io::ErrorKind::UnexpectedEof.into()),
+        end => end,
+    }
+}
+
+/// A string of the server's own, no longer than strings may be.
+fn cut(bytes: &[u8]) -> &[u8] {
+    &bytes[..bytes.len().min(NBD_MAX_STRING)]
+}

@@ -1,0 +1,469 @@
+//! The transmission phase of one client: requests are received and checked in batches, replies are sent in batches.
+//!
+//! One loop does all of it, and waits for whatever comes first: bytes, room, replies, an order. Nothing in it is unbounded:
+//! a client is owed replies to at most [`MAX_OWED`] bytes and [`MAX_REQUESTS`] requests, and is not listened to meanwhile.
+//! Source: NBD doc/proto.md "Transmission".
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use async_channel::{Receiver, Sender};
+use smol::stream::Stream;
+
+use super::{End, Input};
+use crate::backend::{Batch, Payload, Replies, Work};
+use crate::buffers::{Buffers, RECEIVE};
+use crate::coordinator::{Orders, Watch};
+use crate::log::Speaker;
+use crate::protocol::constants::*;
+use crate::protocol::transmission::{
+    Agreement, Command, REQUEST_HEADER, Refusal, RefusalReason, Request, command_name,
+};
+use crate::segments::Piece;
+use crate::transport::Transport;
+
+/// Batches that may be on their way, each way.
+pub(super) const BATCHES: usize = 16;
+/// How many bytes of requests and replies one client may have on the way. One request more is taken when there is less, so
+/// that the largest request can be served; so this, and one payload, is what a client can make the server hold.
+const MAX_OWED: usize = 16 * 1024 * 1024;
+/// How many requests one client may have on the way.
+const MAX_REQUESTS: usize = 1024;
+/// What a request costs beside its data, in bytes: its entry, its reply's header, its place in a queue.
+const REQUEST_COST: usize = 256;
+/// How many pieces one send takes.
+const PIECES: usize = 64;
+/// The most data of a refused write that is read over; a client that announces more is cut off. Source: nbdkit
+/// server/protocol.c `skip_over_write_buffer`.
+const MAX_SKIP: u32 = 2 * MAX_PAYLOAD;
+
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+pub(super) struct Transmission {
+    agreement: Agreement,
+    buffers: Buffers,
+    work: Sender<Batch>,
+    replies: Pin<Box<Receiver<Replies>>>,
+
+    input: Input,
+    /// A write whose data is still coming.
+    partial: Option<Partial>,
+    /// Data of a refused write that is still to come and of no use.
+    skip: u32,
+    /// Requests that were parsed and not yet handed down.
+    batch: Batch,
+    listening: Listening,
+
+    outgoing: VecDeque<Replies>,
+    /// How much of the first of `outgoing` has been sent, in pieces and in bytes of the next piece.
+    sent: (usize, usize),
+    requests: usize,
+    owed: usize,
+}
+
+struct Partial {
+    request: Request,
+    command: Command,
+    buffer: Vec<u8>,
+    filled: usize,
+}
+
+/// Whether more is wanted from the client.
+#[derive(PartialEq)]
+enum Listening {
+    Yes,
+    /// The server is ending: what the client has sent already gets `NBD_ESHUTDOWN`, in one last pass.
+    LastPass,
+    /// It said that it is done, or the server is.
+    No,
+}
+
+impl Transmission {
+    pub(super) fn new(
+        agreement: Agreement,
+        input: Input,
+        buffers: Buffers,
+        work: Sender<Batch>,
+        replies: Receiver<Replies>,
+    ) -> Transmission {
+        Transmission {
+            agreement,
+            buffers,
+            work,
+            replies: Box::pin(replies),
+            input,
+            partial: None,
+            skip: 0,
+            batch: Batch::new(),
+            listening: Listening::Yes,
+            outgoing: VecDeque::new(),
+            sent: (0, 0),
+            requests: 0,
+            owed: 0,
+        }
+    }
+
+    /// Runs to the session's end and then closes the work channel, by which the Backend ends. Dropped before that, replies
+    /// are lost.
+    pub(super) async fn run(mut self, transport: &mut dyn Transport, orders: &Orders, speaker: &Speaker) -> End {
+        let mut draining = orders.watch_draining();
+        let end = poll_fn(|cx| self.poll(cx, transport, &mut draining)).await;
+        transport.finish();
+        match end {
+            Ok(()) => {
+                if orders.is_draining() {
+                    End::Drained
+                } else {
+                    End::Disconnected
+                }
+            }
+            Err(end) => {
+                if self.requests > 0 {
+                    speaker.debug(format_args!("{} requests were not answered", self.requests));
+                }
+                end
+            }
+        }
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        transport: &mut dyn Transport,
+        draining: &mut Watch,
+    ) -> Poll<Result<(), End>> {
+        if self.listening == Listening::Yes && draining.poll(cx).is_ready() {
+            self.listening = Listening::LastPass;
+        }
+        loop {
+            let mut moved = self.poll_replies(cx)?;
+            moved |= self.poll_send(cx, transport).map_err(End::Lost)?;
+            moved |= self.hand_down()?;
+            moved |= self.poll_receive(cx, transport)?;
+            if self.listening == Listening::No && self.requests == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            if !moved {
+                self.rest();
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Takes replies from the Backend. Whether there were any.
+    fn poll_replies(&mut self, cx: &mut Context<'_>) -> Result<bool, End> {
+        let mut any = false;
+        while self.requests > 0 {
+            match self.replies.as_mut().poll_next(cx) {
+                Poll::Ready(Some(replies)) => {
+                    any = true;
+                    // Counted when they are sent: until then the client is owed them.
+                    self.outgoing.push_back(replies);
+                }
+                Poll::Ready(None) => return Err(End::Broken("the backend of this connection has ended".into())),
+                Poll::Pending => break,
+            }
+        }
+        Ok(any)
+    }
+
+    /// Sends what there is. Whether anything was sent.
+    fn poll_send(&mut self, cx: &mut Context<'_>, transport: &mut dyn Transport) -> io::Result<bool> {
+        let mut any = false;
+        while !self.outgoing.is_empty() {
+            let mut slices = [IoSlice::new(&[]); PIECES];
+            let count = self.gather(&mut slices);
+            let sent = match transport.poll_send(cx, &slices[..count]) {
+                Poll::Ready(sent) => sent?,
+                Poll::Pending => break,
+            };
+            if sent == 0 && count > 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            any = true;
+            self.advance(sent);
+        }
+        Ok(any)
+    }
+
+    /// The next pieces to send.
+    fn gather<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
+        let mut count = 0;
+        let (first, mut skip) = self.sent;
+        let mut from = first;
+        for replies in &self.outgoing {
+            for piece in &replies.segments.pieces()[from..] {
+                let mut bytes = match piece {
+                    Piece::Own(range) => &replies.segments.own()[range.clone()],
+                    Piece::Lent(memory, range) => &(**memory).as_ref()[range.clone()],
+                    Piece::Zeroes(length) => {
+                        let mut left = length - skip;
+                        skip = 0;
+                        while left > 0 && count < PIECES {
+                            let bytes = &ZEROES[..left.min(ZEROES.len())];
+                            slices[count] = IoSlice::new(bytes);
+                            count += 1;
+                            left -= bytes.len();
+                        }
+                        if count == PIECES {
+                            return count;
+                        }
+                        continue;
+                    }
+                };
+                bytes = &bytes[skip..];
+                skip = 0;
+                slices[count] = IoSlice::new(bytes);
+                count += 1;
+                if count == PIECES {
+                    return count;
+                }
+            }
+            from = 0;
+        }
+        count
+    }
+
+    /// Accounts for `count` bytes that were sent.
+    fn advance(&mut self, mut count: usize) {
+        while let Some(replies) = self.outgoing.front() {
+            let pieces = replies.segments.pieces();
+            while let Some(piece) = pieces.get(self.sent.0) {
+                let left = crate::segments::piece_length(piece) - self.sent.1;
+                if count < left {
+                    self.sent.1 += count;
+                    return;
+                }
+                count -= left;
+                self.sent = (self.sent.0 + 1, 0);
+            }
+            self.sent = (0, 0);
+            if let Some(replies) = self.outgoing.pop_front() {
+                self.requests -= replies.requests;
+                self.owed -= replies.weight;
+                self.buffers.give_back_reply(replies.segments);
+            }
+        }
+    }
+
+    /// Hands the parsed requests to the Backend, if it has room. Whether it took them.
+    fn hand_down(&mut self) -> Result<bool, End> {
+        if self.batch.is_empty() {
+            return Ok(false);
+        }
+        match self.work.try_send(std::mem::take(&mut self.batch)) {
+            Ok(()) => Ok(true),
+            Err(async_channel::TrySendError::Full(batch)) => {
+                // It has replies to hand up before it takes more, and those wake us.
+                self.batch = batch;
+                Ok(false)
+            }
+            Err(async_channel::TrySendError::Closed(_)) => {
+                Err(End::Broken("the backend of this connection has ended".into()))
+            }
+        }
+    }
+
+    /// Receives and parses, as far as the client may go on. Whether anything came.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, transport: &mut dyn Transport) -> Result<bool, End> {
+        let mut moved = self.parse()?;
+        if self.listening == Listening::LastPass && !self.may_take_more() {
+            self.listening = Listening::No;
+        }
+        while self.listening != Listening::No && self.may_take_more() {
+            let received = match self.poll_receive_once(cx, transport) {
+                Poll::Ready(received) => received,
+                Poll::Pending => {
+                    // Half a request at the end of the last pass was never promised anything.
+                    if self.listening == Listening::LastPass {
+                        self.listening = Listening::No;
+                        moved = true;
+                    }
+                    break;
+                }
+            };
+            let full = match received {
+                Ok(Some(full)) => full,
+                Ok(None) => {
+                    self.ended()?;
+                    moved = true;
+                    break;
+                }
+                Err(error) => return Err(End::Lost(error)),
+            };
+            moved |= self.parse()?;
+            // A client that sends and sends is not listened to for ever.
+            if self.listening == Listening::LastPass {
+                self.listening = Listening::No;
+                moved = true;
+            }
+            if !full || !self.batch.is_empty() {
+                break;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// The stream has ended: orderly only between two requests.
+    fn ended(&mut self) -> Result<(), End> {
+        if self.partial.is_some() || self.skip > 0 || !self.input.bytes().is_empty() {
+            return Err(End::Lost(io::ErrorKind::UnexpectedEof.into()));
+        }
+        self.listening = Listening::No;
+        Ok(())
+    }
+
+    fn may_take_more(&self) -> bool {
+        self.batch.is_empty() && self.owed < MAX_OWED && self.requests < MAX_REQUESTS
+    }
+
+    /// One receive, to where the next bytes belong: `None` at the end of the stream, else whether there may be more.
+    fn poll_receive_once(
+        &mut self,
+        cx: &mut Context<'_>,
+        transport: &mut dyn Transport,
+    ) -> Poll<io::Result<Option<bool>>> {
+        if let Some(partial) = &mut self.partial {
+            let length = partial.request.length as usize;
+            let count = ready!(transport.poll_receive(cx, &mut partial.buffer[partial.filled..length]))?;
+            partial.filled += count;
+            return Poll::Ready(Ok((count > 0).then_some(partial.filled == length)));
+        }
+        let input = &mut self.input;
+        if input.buffer.is_empty() {
+            input.buffer = self.buffers.receive();
+            (input.start, input.end) = (0, 0);
+        } else if input.end == input.buffer.len() || input.start == input.end {
+            // What is left is less than a request's header; it moves to the front.
+            input.buffer.copy_within(input.start..input.end, 0);
+            (input.start, input.end) = (0, input.end - input.start);
+        }
+        let space = &mut input.buffer[input.end..];
+        let size = space.len();
+        let count = ready!(transport.poll_receive(cx, space))?;
+        input.end += count;
+        Poll::Ready(Ok((count > 0).then_some(count == size)))
+    }
+
+    /// Makes requests of the bytes that are there, and leaves those of a request that is not there whole. Whether any bytes
+    /// were used.
+    fn parse(&mut self) -> Result<bool, End> {
+        let mut used = false;
+        let mut whole = Vec::new();
+        if let Some(partial) = self.partial.take_if(|partial| partial.filled == partial.request.length as usize) {
+            used = true;
+            let length = partial.filled;
+            let payload = Payload { buffer: Arc::new(partial.buffer), range: 0..length };
+            self.push(partial.request.cookie, Ok(partial.command), Some(payload), length);
+        }
+        while self.partial.is_none() && self.listening != Listening::No && self.has_room() {
+            let here = self.input.bytes();
+            if self.skip > 0 {
+                let skipped = here.len().min(self.skip as usize);
+                if skipped == 0 {
+                    break;
+                }
+                self.input.start += skipped;
+                self.skip -= skipped as u32;
+                used = true;
+                continue;
+            }
+            let Some(header) = here.first_chunk::<REQUEST_HEADER>() else { break };
+            let Some(request) = Request::parse(header) else {
+                return Err(End::Broken("a request does not start with the request magic".into()));
+            };
+            self.input.start += REQUEST_HEADER;
+            used = true;
+            self.request(request, &mut whole)?;
+        }
+        self.share(whole);
+        Ok(used)
+    }
+
+    fn has_room(&self) -> bool {
+        self.owed < MAX_OWED && self.requests < MAX_REQUESTS
+    }
+
+    /// Takes one request whose header was read. Payloads that are whole in the input are noted in `whole`.
+    fn request(&mut self, request: Request, whole: &mut Vec<(usize, std::ops::Range<usize>)>) -> Result<(), End> {
+        if request.kind == NBD_CMD_DISC {
+            self.listening = Listening::No;
+            return Ok(());
+        }
+        let checked = if self.listening == Listening::LastPass {
+            Err(Refusal { code: ErrorCode::Shutdown, why: RefusalReason::Shutdown })
+        } else {
+            self.agreement.check(&request)
+        };
+        let payload = request.payload();
+        let command = match checked {
+            Ok(command) => command,
+            Err(refusal) => {
+                if payload > MAX_SKIP {
+                    let why = format!("{}: {}: too much to skip", command_name(request.kind), refusal.why);
+                    return Err(End::Broken(why));
+                }
+                self.skip = payload;
+                self.push(request.cookie, Err(refusal), None, 0);
+                return Ok(());
+            }
+        };
+        if payload == 0 {
+            let weight = if let Command::Read { length, .. } = command { length as usize } else { 0 };
+            self.push(request.cookie, Ok(command), None, weight);
+            return Ok(());
+        }
+        let length = payload as usize;
+        let here = self.input.bytes();
+        if here.len() >= length {
+            whole.push((self.batch.len(), self.input.start..self.input.start + length));
+            self.input.start += length;
+            self.push(request.cookie, Ok(command), None, length);
+        } else {
+            let mut buffer = self.buffers.payload(length);
+            let filled = here.len();
+            buffer[..filled].copy_from_slice(here);
+            self.input.start += filled;
+            self.partial = Some(Partial { request, command, buffer, filled });
+        }
+        Ok(())
+    }
+
+    /// Gives the receive buffer to the requests whose data is in it; what is behind them moves to a new one.
+    fn share(&mut self, whole: Vec<(usize, std::ops::Range<usize>)>) {
+        if whole.is_empty() {
+            return;
+        }
+        let mut rest = Vec::new();
+        let left = self.input.bytes();
+        let length = left.len();
+        if length > 0 {
+            rest = if length <= RECEIVE { self.buffers.receive() } else { vec![0; length] };
+            rest[..length].copy_from_slice(left);
+        }
+        let buffer = Arc::new(std::mem::replace(&mut self.input.buffer, rest));
+        (self.input.start, self.input.end) = (0, length);
+        for (index, range) in whole {
+            self.batch[index].payload = Some(Payload { buffer: Arc::clone(&buffer), range });
+        }
+    }
+
+    fn push(&mut self, cookie: u64, command: Result<Command, Refusal>, payload: Option<Payload>, data: usize) {
+        let weight = data + REQUEST_COST;
+        self.requests += 1;
+        self.owed += weight;
+        self.batch.push(Work { cookie, command, payload, weight });
+    }
+
+    /// Nothing to do for now: an idle session keeps no buffer.
+    fn rest(&mut self) {
+        if self.input.start == self.input.end && !self.input.buffer.is_empty() {
+            self.buffers.give_back(std::mem::take(&mut self.input.buffer));
+            (self.input.start, self.input.end) = (0, 0);
+        }
+    }
+}

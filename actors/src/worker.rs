@@ -1,0 +1,346 @@
+//! Threads that serve sessions, each with an executor and an edge-triggered epoll of its own.
+//!
+//! async-io re-arms every socket after every event and wakes through one reactor that all threads share: about six system
+//! calls for a request that comes alone, where three do (receive, send, wait). A worker is that shortcut and nothing else:
+//! sessions are the same futures on it as on any executor. Without workers the engine needs no thread of its own.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::task::{Context, Wake, Waker};
+use std::thread;
+
+use async_channel::{Receiver, Sender};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use smol::LocalExecutor;
+
+use crate::buffers::Buffers;
+
+/// Something to do on a worker's thread: a session, with its socket.
+pub(crate) type Job = Box<dyn FnOnce(&Worker) + Send>;
+
+/// How many events one wait returns at most.
+const EVENTS: usize = 256;
+/// The token of the eventfd by which other threads wake a worker.
+const WAKE: u64 = u64::MAX;
+
+/// A handle to all workers. Dropping it ends their threads once their sessions have ended.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    workers: Vec<(Sender<Job>, Arc<AtomicUsize>)>,
+}
+
+impl Workers {
+    /// Starts `count` threads. Errors: no thread, epoll or eventfd to be had; those that were started end again.
+    pub(crate) fn start(count: usize) -> io::Result<Workers> {
+        let mut workers = Vec::with_capacity(count);
+        for number in 0..count {
+            let prepared = Prepared::new()?;
+            // Bounded by the Listener, which waits while it is full.
+            let (jobs, inbox) = async_channel::bounded::<Job>(64);
+            let load = Arc::clone(&prepared.load);
+            // Detached: it ends when `jobs` is closed and the last session has ended. The Coordinator waits for sessions.
+            thread::Builder::new()
+                .name(format!("nbd-worker-{number}"))
+                .spawn(move || Worker::new(prepared).run(inbox))?;
+            workers.push((jobs, load));
+        }
+        Ok(Workers { workers })
+    }
+
+    /// Hands `job` to the worker with the fewest sessions. `false` if that worker's thread is gone.
+    pub(crate) async fn place(&self, job: Job) -> bool {
+        let least = self.workers.iter().min_by_key(|(_, load)| load.load(Ordering::Relaxed));
+        match least {
+            Some((jobs, load)) => {
+                load.fetch_add(1, Ordering::Relaxed);
+                jobs.send(job).await.is_ok()
+            }
+            None => false,
+        }
+    }
+}
+
+/// What can fail, made before the thread is.
+struct Prepared {
+    poller: Arc<Poller>,
+    waker: Arc<ThreadWaker>,
+    load: Arc<AtomicUsize>,
+}
+
+impl Prepared {
+    fn new() -> io::Result<Prepared> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        epoll.add(&event, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, WAKE))?;
+        Ok(Prepared {
+            poller: Arc::new(Poller { epoll, sources: Mutex::default() }),
+            waker: Arc::new(ThreadWaker { state: AtomicU8::new(NOTIFIED), event }),
+            load: Arc::default(),
+        })
+    }
+}
+
+/// The thread's own: what its sessions run on.
+pub(crate) struct Worker {
+    poller: Arc<Poller>,
+    waker: Arc<ThreadWaker>,
+    executor: LocalExecutor<'static>,
+    load: Arc<AtomicUsize>,
+    buffers: Buffers,
+    /// Every session holds a clone; `ended` is closed when the last is gone. The thread's own is taken when no more come.
+    alive: RefCell<Option<Sender<Infallible>>>,
+    ended: Receiver<Infallible>,
+}
+
+/// What registrations and the loop share.
+struct Poller {
+    epoll: Epoll,
+    sources: Mutex<Sources>,
+}
+
+#[derive(Default)]
+struct Sources {
+    next: u64,
+    by_token: HashMap<u64, Weak<Source>>,
+}
+
+impl Worker {
+    fn new(prepared: Prepared) -> Worker {
+        let Prepared { poller, waker, load } = prepared;
+        let (alive, ended) = async_channel::bounded(1);
+        Worker {
+            poller,
+            waker,
+            load,
+            executor: LocalExecutor::new(),
+            buffers: Buffers::default(),
+            alive: RefCell::new(Some(alive)),
+            ended,
+        }
+    }
+
+    /// The buffers of this thread's sessions.
+    pub(crate) fn buffers(&self) -> Buffers {
+        self.buffers.clone()
+    }
+
+    /// Runs `session` on this thread until it ends.
+    pub(crate) fn spawn(&self, session: impl Future<Output = ()> + 'static) {
+        let load = Arc::clone(&self.load);
+        let alive = self.alive.borrow().clone();
+        // Detached: a session tells the Coordinator of its end itself, and the executor lives as long as the thread.
+        self.executor
+            .spawn(async move {
+                session.await;
+                load.fetch_sub(1, Ordering::Relaxed);
+                drop(alive);
+            })
+            .detach();
+    }
+
+    /// Watches `socket`. Errors: epoll does not take it.
+    pub(crate) fn register(&self, socket: OwnedFd) -> io::Result<Registration> {
+        let source = {
+            let mut sources = lock(&self.poller.sources);
+            let token = sources.next;
+            sources.next += 1;
+            let source = Arc::new(Source {
+                token,
+                readable: AtomicBool::new(true),
+                writable: AtomicBool::new(true),
+                awaits_room: AtomicBool::new(false),
+                hung_up: AtomicBool::new(false),
+                wakers: Mutex::default(),
+            });
+            sources.by_token.insert(token, Arc::downgrade(&source));
+            source
+        };
+        let registration = Registration { source, socket, poller: Arc::clone(&self.poller) };
+        let event = EpollEvent::new(INPUT, registration.source.token);
+        self.poller.epoll.add(&registration.socket, event)?;
+        Ok(registration)
+    }
+
+    fn run(self, inbox: Receiver<Job>) {
+        let accept = async {
+            while let Ok(job) = inbox.recv().await {
+                job(&self);
+            }
+            // No more will come: those that are here are served to their end.
+            self.alive.take();
+            let _ = self.ended.recv().await;
+        };
+        let mut main = pin!(self.executor.run(accept));
+        let waker = Waker::from(Arc::clone(&self.waker));
+        let mut cx = Context::from_waker(&waker);
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            self.waker.state.store(AWAKE, Ordering::SeqCst);
+            if main.as_mut().poll(&mut cx).is_ready() {
+                return;
+            }
+            // Asleep only if nobody has woken us since the poll began.
+            let asleep = self.waker.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+            let timeout = if asleep { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+            self.dispatch(timeout, &mut events);
+        }
+    }
+
+    fn dispatch(&self, timeout: EpollTimeout, events: &mut [EpollEvent]) {
+        // The only error a wait can meet here is an interruption, after which there are no events.
+        let count = self.poller.epoll.wait(events, timeout).unwrap_or(0);
+        for event in &events[..count] {
+            if event.data() == WAKE {
+                let _ = self.waker.event.read();
+                continue;
+            }
+            let source = lock(&self.poller.sources).by_token.get(&event.data()).and_then(Weak::upgrade);
+            if let Some(source) = source {
+                source.happened(event.events());
+            }
+        }
+    }
+}
+
+const AWAKE: u8 = 0;
+const ASLEEP: u8 = 1;
+const NOTIFIED: u8 = 2;
+
+/// Wakes the thread out of its wait; costs no system call while it is awake.
+struct ThreadWaker {
+    state: AtomicU8,
+    event: EventFd,
+}
+
+impl Wake for ThreadWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.state.swap(NOTIFIED, Ordering::SeqCst) == ASLEEP {
+            // Fails only when the counter is full, and then the thread is being woken anyway.
+            let _ = self.event.write(1);
+        }
+    }
+}
+
+const INPUT: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
+const OUTPUT: EpollFlags = EpollFlags::EPOLLOUT.union(EpollFlags::EPOLLET);
+
+/// What the loop has seen of one socket. Flags are written by the worker's thread only.
+struct Source {
+    token: u64,
+    readable: AtomicBool,
+    writable: AtomicBool,
+    /// Epoll is armed for output.
+    awaits_room: AtomicBool,
+    /// The peer has ended its side or the socket failed: reading never waits any more.
+    hung_up: AtomicBool,
+    wakers: Mutex<Wakers>,
+}
+
+#[derive(Default)]
+struct Wakers {
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl Source {
+    fn happened(&self, events: EpollFlags) {
+        let ended = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+        if events.intersects(ended | EpollFlags::EPOLLRDHUP) {
+            self.hung_up.store(true, Ordering::Relaxed);
+        }
+        let wakers = lock(&self.wakers);
+        if events.intersects(ended | EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP) {
+            self.readable.store(true, Ordering::Relaxed);
+            wakers.reader.iter().for_each(Waker::wake_by_ref);
+        }
+        if events.intersects(ended | EpollFlags::EPOLLOUT) {
+            self.writable.store(true, Ordering::Relaxed);
+            wakers.writer.iter().for_each(Waker::wake_by_ref);
+        }
+    }
+}
+
+/// A socket that a worker watches.
+pub(crate) struct Registration {
+    source: Arc<Source>,
+    socket: OwnedFd,
+    poller: Arc<Poller>,
+}
+
+impl AsFd for Registration {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Registration {
+    /// Whether a receive is worth trying; if not, the task is woken when it is.
+    pub(crate) fn readable(&self, cx: &mut Context<'_>) -> bool {
+        let ready = self.source.readable.load(Ordering::Relaxed);
+        if !ready {
+            keep(&mut lock(&self.source.wakers).reader, cx.waker());
+        }
+        ready
+    }
+
+    /// Whether a send is worth trying; if not, the task is woken when it is.
+    pub(crate) fn writable(&self, cx: &mut Context<'_>) -> bool {
+        let ready = self.source.writable.load(Ordering::Relaxed);
+        if !ready {
+            keep(&mut lock(&self.source.wakers).writer, cx.waker());
+        } else if self.source.awaits_room.swap(false, Ordering::Relaxed) {
+            // The wait is over: back to input alone, because an armed output wakes us for every reply that is read.
+            // Modifying reports anew what is already there, so no input is missed.
+            let _ = self.poller.epoll.modify(&self.socket, &mut EpollEvent::new(INPUT, self.source.token));
+        }
+        ready
+    }
+
+    /// A short receive: there is no more, unless the stream has ended, which no further event would say.
+    pub(crate) fn drained(&self) {
+        self.source.readable.store(self.source.hung_up.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    pub(crate) fn would_block_receive(&self) {
+        self.source.readable.store(false, Ordering::Relaxed);
+    }
+
+    /// Nothing fits: watches for room, and for nothing else until there is.
+    pub(crate) fn would_block_send(&self) -> io::Result<()> {
+        self.source.writable.store(false, Ordering::Relaxed);
+        self.source.awaits_room.store(true, Ordering::Relaxed);
+        let mut event = EpollEvent::new(OUTPUT, self.source.token);
+        Ok(self.poller.epoll.modify(&self.socket, &mut event)?)
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // Before the descriptor closes, so that its number cannot be another's yet.
+        let _ = self.poller.epoll.delete(&self.socket);
+        lock(&self.poller.sources).by_token.remove(&self.source.token);
+    }
+}
+
+fn keep(slot: &mut Option<Waker>, waker: &Waker) {
+    if !slot.as_ref().is_some_and(|kept| kept.will_wake(waker)) {
+        *slot = Some(waker.clone());
+    }
+}
+
+/// A lock that is never held where anything could panic half way.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
