@@ -1,0 +1,165 @@
+//! The text of `--help`, made from the tables. Nothing is wider than 80 columns.
+
+use super::options::{OPTIONS, OptionSpec};
+use crate::layer::About;
+
+/// What fits any terminal.
+const WIDTH: usize = 80;
+
+/// Where explanations start, if what is explained leaves room.
+const COLUMN: usize = 32;
+
+/// The whole of `--help`. `program` is how the program was called; the lists are what it can serve.
+pub fn help(program: &str, plugins: &[&About], filters: &[&About]) -> String {
+    let mut text = format!(
+        "\
+Usage: {program} [OPTION ...] PLUGIN [[KEY=]VALUE ...]
+       {program} PLUGIN --help
+       {program} PLUGIN --dump-plugin
+       {program} --dump-config
+       {program} --help
+       {program} -V|--version
+
+Serves what a plugin makes of files, memory and the like to clients that speak
+the Network Block Device (NBD) protocol.
+
+Options:
+"
+    );
+    for spec in OPTIONS.iter().filter(|spec| !spec.help.is_empty()) {
+        text += &entry(&option(spec), spec.help);
+    }
+    for (title, layers) in [("Plugins", plugins), ("Filters", filters)] {
+        text += &format!("\n{title}:\n");
+        for about in layers {
+            text += &entry(&format!("  {}", about.name), about.summary);
+        }
+    }
+    text += &format!(
+        "
+Examples:
+  Serve a file for reading, on TCP port 10809:
+    {program} -r file disk.img
+  Run a command with a scratch disk that is gone afterwards:
+    {program} memory 1G --run 'nbdinfo \"$uri\"'
+  Serve on a Unix socket, and print the URI of it:
+    {program} -f --print-uri -U /tmp/sock null 1T
+"
+    );
+    text
+}
+
+/// What `--help` adds for one layer. `kind` is `plugin` or `filter`.
+pub fn layer_help(kind: &str, about: &About) -> String {
+    let mut text = format!("\n{kind}: {}\n", about.name);
+    text += &wrapped("", 0, about.summary);
+    for parameter in about.parameters {
+        let magic = if about.magic_key == Some(parameter.key) { " The key may be left out." } else { "" };
+        let required = if parameter.required { "(required) " } else { "" };
+        let help = format!("{required}{}{magic}", parameter.help);
+        text += &entry(&format!("  {}={}", parameter.key, parameter.value), &help);
+    }
+    text
+}
+
+/// How an option is written: `  -p, --port=PORT`.
+fn option(spec: &OptionSpec) -> String {
+    let short = spec.short.map_or("    ".to_owned(), |letter| format!("-{letter}, "));
+    let value = match spec.value() {
+        Some(value) if spec.value_is_optional() => format!("[={value}]"),
+        Some(value) => format!("={value}"),
+        None => String::new(),
+    };
+    format!("  {short}--{}{value}", spec.name())
+}
+
+/// A term and its explanation; the latter starts on its own line if the term is too long.
+fn entry(term: &str, explanation: &str) -> String {
+    if term.chars().count() < COLUMN {
+        wrapped(&format!("{term:COLUMN$}"), COLUMN, explanation)
+    } else {
+        format!("{term}\n{}", wrapped(&" ".repeat(COLUMN), COLUMN, explanation))
+    }
+}
+
+/// `start`, then words up to the width; further lines are indented. A word longer than a line is not broken.
+fn wrapped(start: &str, indent: usize, words: &str) -> String {
+    let mut text = String::new();
+    let mut line = start.to_owned();
+    let mut empty = true;
+    for word in words.split_whitespace() {
+        if !empty && line.chars().count() + 1 + word.chars().count() > WIDTH {
+            text += line.trim_end();
+            text.push('\n');
+            line = " ".repeat(indent);
+            empty = true;
+        }
+        if !empty {
+            line.push(' ');
+        }
+        line += word;
+        empty = false;
+    }
+    text += line.trim_end();
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::Parameter;
+
+    static ABOUT: About = About {
+        name: "sample",
+        summary: "a layer that has one parameter of each kind, and a summary that is longer than one line can hold",
+        parameters: &[
+            Parameter { key: "size", value: "<SIZE>", help: "The size of the disk.", required: true },
+            Parameter {
+                key: "a-key-that-leaves-no-room",
+                value: "<VALUE>",
+                help: "What it is, at such a length that it has to go on in the line that follows.",
+                required: false,
+            },
+        ],
+        magic_key: Some("size"),
+        dump: &[],
+    };
+
+    #[test]
+    fn fits_eighty_columns_and_has_no_trailing_space() {
+        let text = help("nbdcaptive", &[&ABOUT], &[&ABOUT]) + &layer_help("plugin", &ABOUT);
+        for line in text.lines() {
+            assert!(line.chars().count() <= WIDTH && line.trim_end() == line, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn explains_every_option_once() {
+        let text = help("nbdcaptive", &[], &[]);
+        for spec in OPTIONS.iter().filter(|spec| !spec.help.is_empty()) {
+            assert_eq!(
+                text.lines().filter(|line| line.starts_with(&option(spec)) && line.ends_with(spec.help)).count(),
+                1
+            );
+        }
+        assert!(!text.contains("short-options"));
+    }
+
+    #[test]
+    fn a_layer_lists_its_parameters() {
+        assert_eq!(
+            layer_help("filter", &ABOUT),
+            "
+filter: sample
+a layer that has one parameter of each kind, and a summary that is longer than
+one line can hold
+  size=<SIZE>                   (required) The size of the disk. The key may be
+                                left out.
+  a-key-that-leaves-no-room=<VALUE>
+                                What it is, at such a length that it has to go
+                                on in the line that follows.
+"
+        );
+    }
+}

@@ -1,0 +1,413 @@
+//! The one table of options. The parser, `--help`, `--long-options` and `--short-options` all read it, so an option is
+//! added by one entry here and, if it says something new, one field of [`Options`].
+//! Source: nbdkit server/options.h for names and aliases, server/main.c and docs/nbdkit.pod for what they do.
+
+use std::ffi::{OsStr, OsString};
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, Command, value_parser};
+
+use super::{ExitWithParent, Family, LogTo, Options, Request, Tls, Unix};
+use crate::values;
+
+/// One option: how it is written, what it says to people, and what it sets.
+#[derive(Debug)]
+pub struct OptionSpec {
+    /// The letter after a single `-`. ASCII.
+    pub short: Option<char>,
+    /// The names after `--`. The first is the one in help and in clap; the others are nbdkit's aliases.
+    pub long: &'static [&'static str],
+    /// One line for people. Empty: not for people.
+    pub help: &'static str,
+    pub(super) effect: Effect,
+}
+
+/// What an option does when it is met. A setter's error is a sentence without the program's name.
+#[derive(Debug)]
+pub(super) enum Effect {
+    /// Takes no value.
+    Flag(fn(&mut Options)),
+    /// Takes a value: the next word, or what is glued on, whatever it looks like. The first part stands for it in help.
+    Value(&'static str, fn(&mut Options, &OsStr) -> Result<(), String>),
+    /// Takes a value only as `--name=VALUE`, never the next word. The second part is the value where none is given.
+    Optional(&'static str, &'static str, fn(&mut Options, &OsStr) -> Result<(), String>),
+    /// Asks for something else than to serve, once the whole line has been read.
+    Ask(Request),
+    /// As `Ask`, and what follows is not even looked at.
+    AskAtOnce(Request),
+}
+
+impl OptionSpec {
+    /// What stands for the value in help, for an option that takes one.
+    pub fn value(&self) -> Option<&'static str> {
+        match self.effect {
+            Effect::Value(name, _) | Effect::Optional(name, ..) => Some(name),
+            Effect::Flag(_) | Effect::Ask(_) | Effect::AskAtOnce(_) => None,
+        }
+    }
+
+    /// Whether the value may be left out.
+    pub fn value_is_optional(&self) -> bool {
+        matches!(self.effect, Effect::Optional(..))
+    }
+
+    /// The name that stands for the option wherever one is enough.
+    pub fn name(&self) -> &'static str {
+        // An entry without a long name would be of no use in help; a test keeps them out.
+        self.long.first().copied().unwrap_or_default()
+    }
+}
+
+/// A value that has to be text. Errors: it is not UTF-8.
+fn text<'a>(what: &str, value: &'a OsStr) -> Result<&'a str, String> {
+    value.to_str().ok_or_else(|| format!("{what}: not valid UTF-8: {}", value.to_string_lossy()))
+}
+
+/// Every option, in the order of help: by the name that people look for.
+pub static OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        short: Some('4'),
+        long: &["ipv4-only"],
+        help: "Listen on, and look up, IPv4 addresses only",
+        effect: Effect::Flag(|options| options.family = Family::V4),
+    },
+    OptionSpec {
+        short: Some('6'),
+        long: &["ipv6-only"],
+        help: "Listen on, and look up, IPv6 addresses only",
+        effect: Effect::Flag(|options| options.family = Family::V6),
+    },
+    OptionSpec {
+        short: None,
+        long: &["drain-timeout"],
+        help: "Time for requests in flight at the end [30]",
+        effect: Effect::Value("SECS", |options, value| {
+            options.drain_timeout = values::delay("drain-timeout", &value.to_string_lossy())?;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["dump-config"],
+        help: "Print facts about this program, one per line",
+        effect: Effect::AskAtOnce(Request::DumpConfig),
+    },
+    OptionSpec {
+        short: None,
+        long: &["dump-plugin"],
+        help: "Print facts about the plugin, one per line",
+        effect: Effect::Ask(Request::DumpPlugin),
+    },
+    OptionSpec {
+        short: None,
+        long: &["exit-with-parent"],
+        help: "End when the parent, or process PID, has ended",
+        effect: Effect::Optional("PID", PARENT, |options, value| {
+            options.exit_with_parent = match value.to_str() {
+                Some(PARENT) => ExitWithParent::Parent,
+                _ => ExitWithParent::Pid(process_id(value)?),
+            };
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: Some('e'),
+        long: &["exportname", "export", "export-name"],
+        help: "The export that $uri and $exportname name",
+        effect: Effect::Value("NAME", |options, value| {
+            options.export_name = value.to_owned();
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["filter"],
+        help: "Put a filter before the plugin; may be repeated",
+        effect: Effect::Value("FILTER", |options, value| {
+            options.filters.push(value.to_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: Some('f'),
+        long: &["foreground", "no-fork"],
+        help: "Do not go into the background",
+        effect: Effect::Flag(|options| options.foreground = true),
+    },
+    OptionSpec {
+        short: None,
+        long: &["grace-period"],
+        help: "Time for COMMAND to end once told to [5]",
+        effect: Effect::Value("SECS", |options, value| {
+            options.grace_period = values::delay("grace-period", &value.to_string_lossy())?;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["help"],
+        help: "Print this; with a plugin, its parameters too",
+        effect: Effect::Ask(Request::Help),
+    },
+    OptionSpec {
+        short: Some('i'),
+        long: &["ipaddr", "ip-addr"],
+        help: "Listen on this address or host name only",
+        effect: Effect::Value("IPADDR", |options, value| {
+            options.ip_address = Some(text("ipaddr", value)?.to_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["keepalive", "keep-alive"],
+        help: "Notice TCP clients that are gone without a word",
+        effect: Effect::Flag(|options| options.keepalive = true),
+    },
+    OptionSpec {
+        short: None,
+        long: &["log"],
+        help: "Send errors to stderr, syslog, null or a /path",
+        effect: Effect::Value("WHERE", |options, value| {
+            options.log = match value.to_str() {
+                Some("default") => LogTo::Default,
+                Some("stderr") => LogTo::Stderr,
+                Some("syslog") => LogTo::Syslog,
+                Some("null") => LogTo::Null,
+                _ if PathBuf::from(value).is_absolute() => LogTo::File(PathBuf::from(value)),
+                _ => {
+                    let error = r#"--log must be "stderr", "syslog", "null", or an absolute path"#;
+                    return Err(error.to_owned());
+                }
+            };
+            Ok(())
+        }),
+    },
+    OptionSpec { short: None, long: &["long-options"], help: "", effect: Effect::AskAtOnce(Request::LongOptions) },
+    OptionSpec {
+        short: None,
+        long: &["mask-handshake"],
+        help: "The handshake flags that may be offered",
+        effect: Effect::Value("MASK", |options, value| {
+            options.mask_handshake = values::unsigned("mask-handshake", &value.to_string_lossy())?;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: Some('n'),
+        long: &["newstyle", "new-style"],
+        help: "Speak the newstyle protocol, as always",
+        effect: Effect::Flag(|_| ()),
+    },
+    OptionSpec {
+        short: None,
+        long: &["no-mc", "no-meta-contexts"],
+        help: "Do not offer meta contexts",
+        effect: Effect::Flag(|options| options.no_meta_contexts = true),
+    },
+    OptionSpec {
+        short: None,
+        long: &["no-sr", "no-structured-replies"],
+        help: "Do not offer structured replies",
+        effect: Effect::Flag(|options| options.no_structured_replies = true),
+    },
+    OptionSpec {
+        short: Some('P'),
+        long: &["pidfile", "pid-file"],
+        help: "Write the process id here when ready to serve",
+        effect: Effect::Value("PIDFILE", |options, value| {
+            options.pidfile = Some(PathBuf::from(value));
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: Some('p'),
+        long: &["port"],
+        help: "Listen on this TCP port or service [10809]",
+        effect: Effect::Value("PORT", |options, value| {
+            options.port = Some(text("port", value)?.to_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["print-uri", "print-url", "show-uri", "show-url"],
+        help: "Print the URI for clients",
+        effect: Effect::Flag(|options| options.print_uri = true),
+    },
+    OptionSpec {
+        short: Some('r'),
+        long: &["readonly", "read-only"],
+        help: "Clients may not write",
+        effect: Effect::Flag(|options| options.read_only = true),
+    },
+    OptionSpec {
+        short: None,
+        long: &["run"],
+        help: "Serve while this shell command runs, then end",
+        effect: Effect::Value("COMMAND", |options, value| {
+            options.run = Some(value.to_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec { short: None, long: &["short-options"], help: "", effect: Effect::AskAtOnce(Request::ShortOptions) },
+    OptionSpec {
+        short: Some('t'),
+        long: &["threads"],
+        help: "How many requests of a client run at once",
+        effect: Effect::Value("THREADS", |options, value| {
+            options.threads = NonZeroU32::new(values::unsigned("threads", &value.to_string_lossy())?);
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["timeout", "time-out"],
+        help: "Drop clients that take longer to negotiate",
+        effect: Effect::Value("SECS", |options, value| {
+            let timeout = values::delay("timeout", &value.to_string_lossy())?;
+            options.timeout = Some(timeout).filter(|timeout| !timeout.is_zero());
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["tls"],
+        help: "TLS: off, on (clients choose) or require",
+        effect: Effect::Value("MODE", |options, value| {
+            let value = value.to_string_lossy();
+            options.tls = match value.to_ascii_lowercase().as_str() {
+                "require" | "required" | "force" => Tls::Require,
+                _ if values::boolean(&value)? => Tls::On,
+                _ => Tls::Off,
+            };
+            options.tls_given = true;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["tls-certificates"],
+        help: "Where the server's TLS certificates are",
+        effect: Effect::Value("DIR", |options, value| {
+            options.tls_certificates = Some(PathBuf::from(value));
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["tls-psk"],
+        help: "The file of pre-shared keys; it goes before DIR",
+        effect: Effect::Value("FILE", |options, value| {
+            options.tls_psk = Some(PathBuf::from(value));
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["tls-verify-peer"],
+        help: "Clients must show a certificate",
+        effect: Effect::Flag(|options| options.tls_verify_peer = true),
+    },
+    OptionSpec {
+        short: Some('U'),
+        long: &["unix"],
+        help: "Listen on this Unix socket; - is a private one",
+        effect: Effect::Value("SOCKET", |options, value| {
+            options.unix = Some(if value == "-" { Unix::Private } else { Unix::Path(PathBuf::from(value)) });
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: Some('v'),
+        long: &["verbose"],
+        help: "Say on stderr what happens",
+        effect: Effect::Flag(|options| options.verbose = true),
+    },
+    OptionSpec {
+        short: Some('V'),
+        long: &["version"],
+        help: "Print the version",
+        effect: Effect::Ask(Request::Version),
+    },
+];
+
+/// What `--exit-with-parent` without a value stands for.
+const PARENT: &str = "parent";
+
+/// A process id, 1 to 2^31-1. Errors: it is none.
+fn process_id(value: &OsStr) -> Result<u32, String> {
+    let text = value.to_string_lossy();
+    let pid = values::unsigned("exit-with-parent", &text)?;
+    if pid == 0 || i32::try_from(pid).is_err() {
+        return Err(format!("exit-with-parent: not a process id: \"{text}\""));
+    }
+    Ok(pid)
+}
+
+/// Every long name with its option, sorted, as a search by prefix wants them.
+pub(super) fn long_names() -> Vec<(&'static str, &'static OptionSpec)> {
+    let mut names: Vec<_> = OPTIONS.iter().flat_map(|spec| spec.long.iter().map(move |name| (*name, spec))).collect();
+    names.sort_unstable_by_key(|(name, _)| *name);
+    names
+}
+
+/// What clap calls the words that are not options.
+pub(super) const WORDS: &str = "words";
+
+/// The table as a clap command, for the parser and for whatever is generated from clap.
+pub fn command() -> Command {
+    let options = OPTIONS.iter().map(|spec| {
+        let arg = Arg::new(spec.name()).long(spec.name()).aliases(&spec.long[1..]).short(spec.short);
+        let arg = arg.help(spec.help).hide(spec.help.is_empty());
+        match spec.effect {
+            Effect::Flag(_) | Effect::Ask(_) | Effect::AskAtOnce(_) => arg.action(ArgAction::SetTrue),
+            Effect::Value(name, _) => arg
+                .action(ArgAction::Append)
+                .value_name(name)
+                .value_parser(value_parser!(OsString))
+                .allow_hyphen_values(true),
+            Effect::Optional(name, missing, _) => arg
+                .action(ArgAction::Append)
+                .value_name(name)
+                .value_parser(value_parser!(OsString))
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value(missing),
+        }
+    });
+    let words = Arg::new(WORDS).value_name("PLUGIN").num_args(0..).value_parser(value_parser!(OsString));
+    Command::new(env!("CARGO_PKG_NAME"))
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(env!("CARGO_PKG_DESCRIPTION"))
+        .no_binary_name(true)
+        .disable_help_flag(true)
+        .disable_version_flag(true)
+        .args_override_self(true)
+        .args(options)
+        .arg(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn clap_finds_no_fault_in_the_table() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn no_name_is_taken_twice_and_every_option_has_one() {
+        let mut long = HashSet::new();
+        let mut short = HashSet::new();
+        for spec in OPTIONS {
+            assert!(!spec.long.is_empty());
+            assert!(spec.long.iter().all(|name| long.insert(*name)), "{spec:?}");
+            assert!(spec.short.is_none_or(|letter| letter.is_ascii_alphanumeric() && short.insert(letter)), "{spec:?}");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What a plugin and a filter are to the command line: a name, parameters, and how they become the engine's
+//! [`Exports`]. Each declares itself in its own file; [`crate::plugins::ALL`] and [`crate::filters::ALL`] list them.
+//! Source: nbdkit docs/nbdkit-plugin.pod "CALLBACKS" and docs/nbdkit-filter.pod.
+
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use nbdcaptive_actors::device::Exports;
+
+/// A `key=value` that a layer takes.
+#[derive(Debug)]
+pub struct Parameter {
+    /// The key, as nbdkit spells it.
+    pub key: &'static str,
+    /// What stands for the value in help: `<SIZE>`.
+    pub value: &'static str,
+    /// One line for people.
+    pub help: &'static str,
+    /// The layer does not work without it.
+    pub required: bool,
+}
+
+/// What a layer says of itself. Help, completion, man pages and `--dump-plugin` are made from it.
+#[derive(Debug)]
+pub struct About {
+    /// The short name on the command line.
+    pub name: &'static str,
+    /// One line for people.
+    pub summary: &'static str,
+    /// Everything it takes.
+    pub parameters: &'static [Parameter],
+    /// The key that a bare value stands for (nbdkit's `magic_config_key`).
+    pub magic_key: Option<&'static str>,
+    /// Further `key=value` lines of `--dump-plugin`.
+    pub dump: &'static [(&'static str, &'static str)],
+}
+
+/// A parameter, or the set of them, that a layer cannot work with. Reads as one line, without the program's name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigError(pub String);
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// A value from the command line: bytes, because a file name may be any.
+#[derive(Debug, Clone, Copy)]
+pub struct Value<'a>(pub &'a std::ffi::OsStr);
+
+impl<'a> Value<'a> {
+    /// The value as text. Errors: it is not UTF-8.
+    pub fn text(self, key: &str) -> Result<&'a str, ConfigError> {
+        self.0.to_str().ok_or_else(|| ConfigError(format!("{key}: not valid UTF-8: {}", self.0.to_string_lossy())))
+    }
+
+    /// The value as bytes.
+    pub fn bytes(self) -> &'a [u8] {
+        self.0.as_bytes()
+    }
+
+    /// The value as a path.
+    pub fn path(self) -> &'a std::path::Path {
+        std::path::Path::new(self.0)
+    }
+}
+
+/// A plugin being configured. Order of calls: `config` for each parameter, `config_complete` once, `ready` once.
+pub trait Plugin {
+    /// Takes one parameter; the key is one of [`About::parameters`].
+    fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError>;
+
+    /// Checks the whole; may look at files, and open them, but creates nothing.
+    fn config_complete(&mut self) -> Result<(), ConfigError> {
+        Ok(())
+    }
+
+    /// Becomes what serves. Called before anything listens.
+    fn ready(self: Box<Self>) -> Result<Arc<dyn Exports>, ConfigError>;
+}
+
+/// A filter being configured. Order of calls: as for a plugin, from the one next to the plugin outwards.
+pub trait Filter {
+    /// Takes one parameter; the key is one of [`About::parameters`].
+    fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError>;
+
+    /// Checks the whole.
+    fn config_complete(&mut self) -> Result<(), ConfigError> {
+        Ok(())
+    }
+
+    /// Wraps what serves below it. A filter that only decides when the server ends returns `next` as it is.
+    fn ready(self: Box<Self>, next: Arc<dyn Exports>, lifetime: &mut Lifetime)
+    -> Result<Arc<dyn Exports>, ConfigError>;
+}
+
+/// What filters may say about when the server ends.
+#[derive(Debug, Default)]
+pub struct Lifetime {
+    /// End when the last client has left (`exitlast`).
+    pub exit_last: bool,
+}
