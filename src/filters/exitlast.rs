@@ -1,0 +1,50 @@
+//! `exitlast`: the server ends when its last client has left. Which clients count is the engine's to know; nothing
+//! changes in the requests' way. Source: nbdkit filters/exitlast/exitlast.c.
+
+use std::sync::Arc;
+
+use nbdcaptive_actors::device::Exports;
+
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+
+/// See the module.
+pub static ABOUT: About = About {
+    name: "exitlast",
+    summary: "end when the last client has left",
+    parameters: &[],
+    magic_key: None,
+    dump: &[],
+};
+
+/// The filter.
+#[derive(Debug)]
+pub struct ExitLast;
+
+impl Filter for ExitLast {
+    fn config(&mut self, key: &str, _value: Value<'_>) -> Result<(), ConfigError> {
+        Err(ConfigError(format!("unknown parameter '{key}'")))
+    }
+
+    fn ready(
+        self: Box<Self>,
+        next: Arc<dyn Exports>,
+        lifetime: &mut Lifetime,
+    ) -> Result<Arc<dyn Exports>, ConfigError> {
+        lifetime.exit_last = true;
+        Ok(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn asks_for_the_end_and_changes_nothing_else() {
+        let next = crate::plugins::testing::ready("null", &[]).expect("no parameter is required");
+        let mut lifetime = Lifetime::default();
+        let after = Box::new(ExitLast).ready(Arc::clone(&next), &mut lifetime).expect("it has nothing to refuse");
+        assert!(lifetime.exit_last);
+        assert!(Arc::ptr_eq(&next, &after));
+    }
+}

@@ -1,0 +1,36 @@
+//! The filters: one file each, and the table of them all.
+
+use crate::layer::{About, Filter};
+
+pub mod exitlast;
+
+/// A filter by name.
+#[derive(Debug)]
+pub struct Entry {
+    /// What it says of itself.
+    pub about: &'static About,
+    /// A fresh one, to be configured.
+    pub new: fn() -> Box<dyn Filter>,
+}
+
+/// Every filter, in alphabetical order, as help lists them.
+pub static ALL: &[Entry] = &[Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) }];
+
+/// The filter of that name.
+pub fn find(name: &str) -> Option<&'static Entry> {
+    ALL.iter().find(|entry| entry.about.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_sorted_and_finds_every_filter() {
+        assert!(ALL.is_sorted_by_key(|entry| entry.about.name));
+        for Entry { about, .. } in ALL {
+            assert!(std::ptr::eq(find(about.name).expect("it is in the table").about, *about));
+        }
+        assert!(find("no-such-filter").is_none());
+    }
+}
