@@ -1,0 +1,117 @@
+//! All that descends from a process, and how to signal it without hitting a stranger.
+//!
+//! A process is found by its number and its parent's, and numbers are used again. So each is held by a pidfd first, then
+//! looked at once more, and only then signalled through the pidfd: what was reused in between is seen, and left alone.
+//! Order is from the top down: a shell that saw its child die first would take that for the child's failure and go on.
+//! Source: Linux proc(5), pidfd_send_signal(2).
+
+use std::collections::HashMap;
+use std::fs;
+
+use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// A process that was found: its number, its parent's, and when it started, which together no other ever has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    /// Its number.
+    pub pid: i32,
+    parent: i32,
+    started: u64,
+    zombie: bool,
+}
+
+/// Everything that descends from `root`, parents before children, without `root`, without zombies, and without the subtrees
+/// of `except`.
+pub fn descendants(root: Pid, except: &[i32]) -> Vec<Process> {
+    let mut by_parent: HashMap<i32, Vec<Process>> = HashMap::new();
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    for entry in entries.flatten() {
+        if let Some(process) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(look_at) {
+            by_parent.entry(process.parent).or_default().push(process);
+        }
+    }
+    let mut found = Vec::new();
+    let mut generation = vec![root.as_raw()];
+    while let Some(parent) = generation.pop() {
+        for child in by_parent.remove(&parent).unwrap_or_default() {
+            if !except.contains(&child.pid) {
+                generation.push(child.pid);
+                if !child.zombie {
+                    found.push(child);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// Signals one process, if it is still the one that was found. Whether it was signalled.
+pub fn signal(process: &Process, number: i32) -> bool {
+    let Some(pid) = rustix::process::Pid::from_raw(process.pid) else { return false };
+    let Some(number) = Signal::from_named_raw(number) else { return false };
+    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else {
+        // No pidfds here: a small chance of a stranger is better than a certain orphan.
+        return is_still(process) && rustix::process::kill_process(pid, number).is_ok();
+    };
+    is_still(process) && pidfd_send_signal(&pidfd, number).is_ok()
+}
+
+/// Signals a child of this process that it has not waited for, with any signal there is, real-time ones too.
+pub fn signal_child(child: Pid, number: i32) {
+    // SAFETY: kill(2) touches no memory of ours. The number is our child's as long as it was not waited for.
+    unsafe { nix::libc::kill(child.as_raw(), number) };
+}
+
+/// One process, by its number, for [`signal`] later on.
+pub fn find(pid: i32) -> Option<Process> {
+    look_at(pid)
+}
+
+/// Whether it has not ended.
+pub fn is_alive(process: &Process) -> bool {
+    look_at(process.pid).is_some_and(|now| now.started == process.started && !now.zombie)
+}
+
+fn is_still(process: &Process) -> bool {
+    // The parent may have changed: an orphan has a new one.
+    look_at(process.pid).is_some_and(|now| now.started == process.started)
+}
+
+fn look_at(pid: i32) -> Option<Process> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The name is in parentheses and may hold any byte, parentheses too.
+    let end = stat.iter().rposition(|byte| *byte == b')')?;
+    let fields = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
+    let mut fields = fields.split_ascii_whitespace();
+    let state = fields.next()?;
+    let parent = fields.next()?.parse().ok()?;
+    // The start time is the 22nd field of all; two are before the name's end and two were taken.
+    let started = fields.nth(17)?.parse().ok()?;
+    Some(Process { pid, parent, started, zombie: matches!(state, "Z" | "X") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_children_of_children_and_signals_them() {
+        let mut child = std::process::Command::new("/bin/sh")
+            .args(["-c", "sleep 1000 & echo; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // The shell says so when its own child exists.
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let pid = child.id() as i32;
+        let found = descendants(Pid::this(), &[]);
+        let shell = found.iter().position(|process| process.pid == pid).unwrap();
+        let sleep = found.iter().position(|process| process.parent == pid).unwrap();
+        assert!(shell < sleep);
+        assert!(!descendants(Pid::this(), &[pid]).iter().any(|process| process.parent == pid));
+        assert!(signal(&found[shell], 9) && signal(&found[sleep], 9));
+        child.wait().unwrap();
+        assert!(!signal(&found[shell], 9), "a process that is gone is not signalled");
+    }
+}

@@ -1,0 +1,112 @@
+//! The NBD URI of the server, as clients of libnbd and qemu read it. Source: nbdkit server/uri.c; the NBD project's
+//! doc/uri.md.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::quote::{shell_quote, uri_quote};
+use crate::cli::Tls;
+
+/// Where clients connect to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Endpoint {
+    /// TCP on this host. `None` is the port that NBD clients take by themselves, 10809.
+    Tcp {
+        /// A number or the name of a service.
+        port: Option<String>,
+    },
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+/// The URI of an export. The credentials are named only where TLS is required; a client that may do without gets a URI
+/// without.
+/// Where both are given, the certificates are, as nbdkit has it.
+pub fn uri(
+    endpoint: &Endpoint,
+    export_name: &OsStr,
+    tls: Tls,
+    tls_certificates: Option<&Path>,
+    tls_psk: Option<&Path>,
+) -> Vec<u8> {
+    let required = tls == Tls::Require;
+    let mut uri = match endpoint {
+        Endpoint::Tcp { .. } if required => b"nbds://localhost".to_vec(),
+        Endpoint::Tcp { .. } => b"nbd://localhost".to_vec(),
+        Endpoint::Unix(_) if required => b"nbds+unix://".to_vec(),
+        Endpoint::Unix(_) => b"nbd+unix://".to_vec(),
+    };
+    if let Endpoint::Tcp { port: Some(port) } = endpoint {
+        uri.push(b':');
+        uri.extend(uri_quote(port.as_bytes()));
+    }
+    if !export_name.is_empty() {
+        uri.push(b'/');
+        uri.extend(uri_quote(export_name.as_bytes()));
+    }
+    let socket = match endpoint {
+        Endpoint::Unix(path) => Some(("socket", path.as_path())),
+        Endpoint::Tcp { .. } => None,
+    };
+    let credentials = match (tls_certificates, tls_psk) {
+        _ if !required => None,
+        (Some(directory), _) => Some(("tls-certificates", directory)),
+        (None, Some(file)) => Some(("tls-psk-file", file)),
+        (None, None) => None,
+    };
+    for ((key, path), separator) in socket.into_iter().chain(credentials).zip([b'?', b'&']) {
+        uri.push(separator);
+        uri.extend_from_slice(key.as_bytes());
+        uri.push(b'=');
+        uri.extend(uri_quote(path.as_os_str().as_bytes()));
+    }
+    uri
+}
+
+/// What `--print-uri` prints, to the last line end.
+pub fn print_uri_text(uri: &[u8]) -> Vec<u8> {
+    let quoted = shell_quote(uri);
+    let lines: [&[u8]; 7] = [
+        uri,
+        b"\nShell-quoted URI: ",
+        &quoted,
+        b"\nCommand to query the NBD endpoint:\n",
+        b"  nbdinfo ",
+        &quoted,
+        b"\n",
+    ];
+    lines.concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(endpoint: &Endpoint, export_name: &str, tls: Tls, certificates: Option<&str>, psk: Option<&str>) -> String {
+        let uri = uri(endpoint, OsStr::new(export_name), tls, certificates.map(Path::new), psk.map(Path::new));
+        String::from_utf8(uri).expect("all else is quoted")
+    }
+
+    #[test]
+    fn tcp_names_the_port_only_if_it_was_given() {
+        let (none, some) = (Endpoint::Tcp { port: None }, Endpoint::Tcp { port: Some("1".to_owned()) });
+        assert_eq!(text(&none, "", Tls::Off, None, None), "nbd://localhost");
+        assert_eq!(text(&some, "a b", Tls::On, Some("/c"), None), "nbd://localhost:1/a%20b");
+        assert_eq!(text(&some, "", Tls::Require, Some("/c"), None), "nbds://localhost:1?tls-certificates=/c");
+        assert_eq!(text(&none, "/x", Tls::Require, None, None), "nbds://localhost//x");
+    }
+
+    #[test]
+    fn a_unix_socket_is_in_the_query() {
+        let unix = Endpoint::Unix("/tmp/a socket".into());
+        assert_eq!(text(&unix, "", Tls::Off, None, None), "nbd+unix://?socket=/tmp/a%20socket");
+        assert_eq!(text(&unix, "e", Tls::Off, None, Some("/p")), "nbd+unix:///e?socket=/tmp/a%20socket");
+        assert_eq!(
+            text(&unix, "e", Tls::Require, Some("/c"), Some("/p&q")),
+            "nbds+unix:///e?socket=/tmp/a%20socket&tls-certificates=/c"
+        );
+        let psk = text(&unix, "", Tls::Require, None, Some("/p&q"));
+        assert_eq!(psk, "nbds+unix://?socket=/tmp/a%20socket&tls-psk-file=/p%26q");
+    }
+}

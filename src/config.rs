@@ -1,0 +1,119 @@
+//! Words become a stack of plugin and filters. Files may be opened here; nothing is created, and nothing listens yet.
+//! Source: nbdkit server/main.c; docs/nbdkit.pod "PLUGIN CONFIGURATION".
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use nbdcaptive_actors::device::Exports;
+
+use crate::cli::{Options, Parameter, closest, split_parameter};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Plugin, Value};
+use crate::{filters, plugins};
+
+/// Layers that are configured.
+pub struct Stack {
+    /// What serves: the outermost layer.
+    pub exports: Arc<dyn Exports>,
+    /// What filters said of the server's end.
+    pub lifetime: Lifetime,
+    /// The plugin's name.
+    pub plugin: &'static str,
+}
+
+/// The layers that a command line names, not configured.
+pub struct Layers {
+    plugin: (&'static About, Box<dyn Plugin>),
+    /// The one next to the client first.
+    filters: Vec<(&'static About, Box<dyn Filter>)>,
+}
+
+impl Layers {
+    /// Finds plugin and filters. Errors: a name that nothing has, as a line.
+    pub fn find(options: &Options) -> Result<Layers, ConfigError> {
+        let name = options.plugin.as_deref().unwrap_or_default();
+        let entry = known("plugin", name, plugins::ALL.iter().map(|entry| entry.about.name), plugins::find)?;
+        let filters = options
+            .filters
+            .iter()
+            .map(|name| {
+                let names = filters::ALL.iter().map(|entry| entry.about.name);
+                let entry = known("filter", name, names, filters::find)?;
+                Ok((entry.about, (entry.new)()))
+            })
+            .collect::<Result<_, ConfigError>>()?;
+        Ok(Layers { plugin: (entry.about, (entry.new)()), filters })
+    }
+
+    /// What the layers say of themselves, from the client inwards.
+    pub fn about(&self) -> impl Iterator<Item = (&'static str, &'static About)> {
+        self.filters.iter().map(|(about, _)| ("filter", *about)).chain([("plugin", self.plugin.0)])
+    }
+
+    /// Gives each parameter to the first layer that knows it, and completes all, the plugin first.
+    pub fn configure(mut self, parameters: &[OsString]) -> Result<Stack, ConfigError> {
+        for (index, word) in parameters.iter().enumerate() {
+            match split_parameter(word) {
+                Parameter::KeyValue(key, value) => self.give(&key, &value)?,
+                Parameter::Bare(value) => match self.plugin.0.magic_key {
+                    Some(key) => self.give(key, &value)?,
+                    // Scripts are named so by default.
+                    None if index == 0 => self.give("script", &value)?,
+                    None => {
+                        let value = value.to_string_lossy();
+                        return Err(ConfigError(format!("expecting key=value on the command line but got: {value}")));
+                    }
+                },
+            }
+        }
+        self.plugin.1.config_complete()?;
+        for (_, filter) in self.filters.iter_mut().rev() {
+            filter.config_complete()?;
+        }
+        let mut lifetime = Lifetime::default();
+        let mut exports = self.plugin.1.ready()?;
+        for (_, filter) in self.filters.into_iter().rev() {
+            exports = filter.ready(exports, &mut lifetime)?;
+        }
+        Ok(Stack { exports, lifetime, plugin: self.plugin.0.name })
+    }
+
+    fn give(&mut self, key: &str, value: &OsStr) -> Result<(), ConfigError> {
+        let takes = |about: &About| about.parameters.iter().any(|parameter| parameter.key == key);
+        let value = Value(value);
+        for (about, filter) in &mut self.filters {
+            if takes(about) {
+                return filter.config(key, value);
+            }
+        }
+        if takes(self.plugin.0) {
+            return self.plugin.1.config(key, value);
+        }
+        let taken: Vec<_> =
+            self.about().flat_map(|(_, about)| about.parameters.iter().map(|parameter| parameter.key)).collect();
+        let hint = match closest(key, taken.iter().copied()) {
+            Some(near) => format!(", did you mean '{near}'?"),
+            None if taken.is_empty() => ", there are none to give".to_owned(),
+            None => format!(", known are: {}", taken.join(", ")),
+        };
+        Err(ConfigError(format!("unknown parameter '{key}'{hint}")))
+    }
+}
+
+fn known<T>(
+    kind: &str,
+    name: &OsStr,
+    names: impl Iterator<Item = &'static str>,
+    find: impl Fn(&str) -> Option<T>,
+) -> Result<T, ConfigError> {
+    let shown = name.as_bytes().escape_ascii();
+    name.to_str().and_then(find).ok_or_else(|| {
+        let names: Vec<_> = names.collect();
+        let near = name.to_str().and_then(|name| closest(name, names.iter().copied()));
+        let hint = match near {
+            Some(near) => format!("did you mean '{near}'?"),
+            None => format!("there are: {}", names.join(", ")),
+        };
+        ConfigError(format!("cannot open {kind} \"{shown}\": no such {kind}, {hint}"))
+    })
+}

@@ -1,0 +1,34 @@
+//! nbdcaptive: an NBD server with nbdkit's command line and lifetimes that can be relied on.
+//!
+//! This is the front end as a library; the engine, for programs that embed a server, is [`nbdcaptive_actors`].
+//!
+//! # The map
+//!
+//! | file | what lives in it |
+//! |---|---|
+//! | `main.rs`, `program.rs` | parse, answer or start, exit status |
+//! | `cli/` | the command line: one table of options |
+//! | `values.rs` | sizes, delays, booleans, numbers as nbdkit writes them |
+//! | `config.rs` | words become a stack of plugin and filters; files are opened here, nothing is created |
+//! | `layer.rs` | what a plugin and a filter are to the command line |
+//! | `plugins/`, `filters/` | one file each |
+//! | `server.rs` | the process that serves: listens, tells it is ready, waits for the engine, cleans up |
+//! | `listen.rs` | sockets, private directories, pid files: what is made on disk and taken away again |
+//! | `captive/` | `--run`: the front process, the guardian, the command, `$uri` and the shell's variables |
+//! | `daemon.rs` | going into the background |
+//! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
+//! | `report.rs` | lines to stderr |
+
+pub mod captive;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod filters;
+pub mod inherited;
+pub mod layer;
+pub mod listen;
+pub mod plugins;
+pub mod program;
+pub mod report;
+pub mod server;
+pub mod values;

@@ -1,0 +1,235 @@
+//! Sockets to listen on, private directories, pid files: everything that is made on disk, and how it is taken away again.
+//!
+//! Whatever is made has its name before it exists, and every process of ours knows the names, so that whoever is left can
+//! remove it. Nothing is removed that is not ours: a pid file only while it holds our pid, a socket only while nobody answers
+//! at it. Source: nbdkit server/sockets.c, server/main.c `write_pidfile`.
+
+use std::fs;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use dns_lookup::{AddrFamily, AddrInfoHints, SockType as LookupType, getaddrinfo};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, getsockname, listen, setsockopt,
+    socket, sockopt,
+};
+
+use crate::cli::{Family, Options, Unix};
+
+/// The longest path that a Unix socket can have, in bytes.
+const LONGEST_SOCKET_PATH: usize = 107;
+/// The port that NBD clients take by themselves.
+const DEFAULT_PORT: &str = "10809";
+
+/// A directory of our own for a socket of our own: a name that was chosen, and may or may not exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrivateDirectory(PathBuf);
+
+impl PrivateDirectory {
+    /// Chooses a name that nobody else has, under `$TMPDIR`, or under /tmp where the socket's path would be too long.
+    /// Makes nothing. Errors: the system gives no random numbers.
+    pub fn choose() -> io::Result<PrivateDirectory> {
+        let mut random = [0; 12];
+        let count = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+        let name: String = random[..count].iter().map(|byte| char::from(LETTERS[usize::from(byte % 32)])).collect();
+        let name = format!("nbdcaptive-{name}");
+        let wanted = std::env::var_os("TMPDIR").map(PathBuf::from).filter(|path| path.is_absolute());
+        let choices =
+            wanted.into_iter().chain([PathBuf::from("/tmp")]).map(|parent| PrivateDirectory(parent.join(&name)));
+        let fits = |choice: &PrivateDirectory| choice.socket().as_os_str().len() <= LONGEST_SOCKET_PATH;
+        choices.into_iter().find(fits).ok_or_else(|| io::ErrorKind::InvalidFilename.into())
+    }
+
+    /// Where the socket is.
+    pub fn socket(&self) -> PathBuf {
+        self.0.join("socket")
+    }
+
+    fn make(&self) -> Result<(), String> {
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&self.0)
+            .map_err(|error| format!("cannot make the socket's directory {}: {error}", self.0.display()))
+    }
+
+    fn remove(&self) {
+        let _ = fs::remove_file(self.socket());
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// What a server listens at.
+pub struct Listening {
+    /// To accept from.
+    pub sockets: Vec<OwnedFd>,
+    /// The port, where it is TCP: a number, or as the command line has it.
+    pub port: Option<String>,
+    /// The path, where it is a Unix socket.
+    pub unix: Option<PathBuf>,
+}
+
+/// Begins to listen as `options` say. Errors: a line for people; nothing is left on disk then.
+pub fn start(options: &Options, private: Option<&PrivateDirectory>) -> Result<Listening, String> {
+    match (&options.unix, private) {
+        (Some(Unix::Path(path)), _) => unix(path),
+        (Some(Unix::Private), Some(private)) => {
+            private.make()?;
+            unix(&private.socket()).inspect_err(|_| private.remove())
+        }
+        (Some(Unix::Private), None) => Err("there is no private directory for the socket".to_owned()),
+        (None, _) => tcp(options),
+    }
+}
+
+fn unix(path: &Path) -> Result<Listening, String> {
+    let length = path.as_os_str().len();
+    if length > LONGEST_SOCKET_PATH {
+        return Err(format!("-U: path too long: length {length} > max {LONGEST_SOCKET_PATH} bytes"));
+    }
+    let attempt = || -> Result<OwnedFd, Errno> {
+        let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        listen(&socket, BACKLOG).inspect_err(|_| {
+            let _ = fs::remove_file(path);
+        })?;
+        Ok(socket)
+    };
+    let socket = attempt().map_err(|error| format!("{}: {}", path.display(), error.desc()))?;
+    Ok(Listening { sockets: vec![socket], port: None, unix: Some(path.to_owned()) })
+}
+
+const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
+const BACKLOG: Backlog = Backlog::MAXALLOWABLE;
+
+fn tcp(options: &Options) -> Result<Listening, String> {
+    let port = options.port.as_deref().unwrap_or(DEFAULT_PORT);
+    let host = options.ip_address.as_deref();
+    let mut addresses = look_up(host, port, options.family)?;
+    let mut sockets = Vec::new();
+    let mut in_use = None;
+    let mut chosen = None;
+    for address in &mut addresses {
+        // With port 0 the first socket's port is everybody's.
+        if let (0, Some(port)) = (address.port(), chosen) {
+            address.set_port(port);
+        }
+        match tcp_socket(*address) {
+            Ok((socket, port)) => {
+                chosen = Some(port);
+                sockets.push(socket);
+            }
+            // A system may know addresses that it cannot serve.
+            Err(error @ (Errno::EAFNOSUPPORT | Errno::EADDRINUSE)) => in_use = Some(error),
+            Err(error) => return Err(format!("bind: {address}: {}", error.desc())),
+        }
+    }
+    if sockets.is_empty() {
+        let why = in_use.map(|error| format!(": {}", error.desc())).unwrap_or_default();
+        let host = host.unwrap_or("<any>");
+        return Err(format!("unable to bind to any TCP/IP sockets at {host}:{port}{why}"));
+    }
+    let given = options.port.clone();
+    let port = if given.as_deref() == Some("0") { chosen.map(|port| port.to_string()) } else { given };
+    Ok(Listening { sockets, port, unix: None })
+}
+
+fn look_up(host: Option<&str>, port: &str, family: Family) -> Result<Vec<SocketAddr>, String> {
+    let hints = AddrInfoHints {
+        flags: nix::libc::AI_PASSIVE,
+        address: match family {
+            Family::Any => 0,
+            Family::V4 => AddrFamily::Inet.into(),
+            Family::V6 => AddrFamily::Inet6.into(),
+        },
+        socktype: LookupType::Stream.into(),
+        ..AddrInfoHints::default()
+    };
+    let found = getaddrinfo(host, Some(port), Some(hints)).map_err(|error| {
+        let error: io::Error = error.into();
+        format!("getaddrinfo: {}: {port}: {error}", host.unwrap_or("<any>"))
+    })?;
+    Ok(found.filter_map(Result::ok).map(|info| info.sockaddr).collect())
+}
+
+fn tcp_socket(address: SocketAddr) -> Result<(OwnedFd, u16), Errno> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, FLAGS, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    if address.is_ipv6() {
+        // The other family has a socket of its own.
+        setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
+    }
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    listen(&socket, BACKLOG)?;
+    let bound: SockaddrStorage = getsockname(socket.as_raw_fd())?;
+    let port = bound.as_sockaddr_in().map(|v4| v4.port()).or_else(|| bound.as_sockaddr_in6().map(|v6| v6.port()));
+    Ok((socket, port.unwrap_or(address.port())))
+}
+
+/// Writes the pid file: whole or not at all. Errors: a line for people.
+pub fn write_pidfile(path: &Path) -> Result<(), String> {
+    let text = format!("{}\n", std::process::id());
+    let attempt = || -> io::Result<()> {
+        // A device or a pipe cannot be replaced by a file.
+        let special = fs::metadata(path).is_ok_and(|about| !about.file_type().is_file());
+        let target = if special { path.to_owned() } else { temporary(path) };
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(!special)
+            .truncate(!special)
+            .mode(0o644)
+            .custom_flags(nix::libc::O_NOCTTY)
+            .open(&target)?;
+        // A full disk may show only when the data is written back; a device has no such thing.
+        let written = file.write_all(text.as_bytes()).and_then(|()| if special { Ok(()) } else { file.sync_data() });
+        let placed = written.and_then(|()| if special { Ok(()) } else { fs::rename(&target, path) });
+        if placed.is_err() && !special {
+            let _ = fs::remove_file(&target);
+        }
+        placed
+    };
+    attempt().map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn temporary(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    PathBuf::from(name)
+}
+
+/// Removes the pid file if it still holds `pid`.
+pub fn remove_pidfile(path: &Path, pid: i32) {
+    let ours = fs::read(path).is_ok_and(|text| text == format!("{pid}\n").as_bytes());
+    if ours {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Removes what a server with `options`, whose pid was `pid`, has left behind. Safe to be called by several processes, at any
+/// time after that server's end.
+pub fn sweep(options: &Options, private: Option<&PrivateDirectory>, pid: i32) {
+    if let Some(private) = private {
+        private.remove();
+    }
+    if let Some(Unix::Path(path)) = &options.unix {
+        remove_dead_socket(path);
+    }
+    if let Some(path) = &options.pidfile {
+        remove_pidfile(path, pid);
+    }
+}
+
+/// Removes the socket at `path` if nobody listens there.
+fn remove_dead_socket(path: &Path) {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
+    let refused = || UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if is_socket && refused() {
+        let _ = fs::remove_file(path);
+    }
+}

@@ -1,0 +1,87 @@
+//! Parse, answer or start, exit status.
+
+use std::ffi::OsString;
+
+use crate::cli::{self, Options, Request};
+use crate::config::Layers;
+use crate::inherited::Inherited;
+use crate::report::{PROGRAM, Report, print};
+use crate::{captive, daemon, filters, plugins, server};
+
+/// Runs the program with `words`, the first of which is its own name, and returns its exit status. To be called first of all
+/// in a process that has no thread yet: it forks.
+pub fn run(words: Vec<OsString>) -> i32 {
+    let inherited = Inherited::take();
+    let current_directory = std::env::current_dir().ok();
+    let (request, options) = match cli::parse(words.into_iter().skip(1), current_directory.as_deref()) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            eprint(&error.report(PROGRAM));
+            return 1;
+        }
+    };
+    if request != Request::Serve {
+        return answer(request, &options);
+    }
+    if options.run.is_some() {
+        captive::front::run(&options, &inherited)
+    } else if options.foreground {
+        server::run(&options, server::Role::Alone { inherited: &inherited, daemon: None })
+    } else {
+        daemon::run(&options, &inherited)
+    }
+}
+
+fn eprint(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// Answers on stdout what can be answered without serving.
+fn answer(request: Request, options: &Options) -> i32 {
+    match request {
+        Request::Serve => {}
+        Request::DumpConfig => print(&cli::dump_config::dump_config()),
+        Request::ShortOptions => print(cli::short_options().as_bytes()),
+        Request::LongOptions => print(cli::long_options().as_bytes()),
+        Request::Help | Request::Version | Request::DumpPlugin => {
+            let layers = match options.plugin.as_ref().map(|_| Layers::find(options)).transpose() {
+                Ok(layers) => layers,
+                Err(error) => {
+                    Report::early().error(error);
+                    return 1;
+                }
+            };
+            let about: Vec<_> = layers.iter().flat_map(Layers::about).collect();
+            match request {
+                Request::Help => {
+                    let plugins: Vec<_> = plugins::ALL.iter().map(|entry| entry.about).collect();
+                    let filters: Vec<_> = filters::ALL.iter().map(|entry| entry.about).collect();
+                    print(cli::help::help(PROGRAM, &plugins, &filters).as_bytes());
+                    about.iter().for_each(|(kind, about)| print(cli::help::layer_help(kind, about).as_bytes()));
+                }
+                Request::Version => {
+                    print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
+                    for (_, about) in about {
+                        print(format!("{} {}\n", about.name, env!("CARGO_PKG_VERSION")).as_bytes());
+                    }
+                }
+                _ => about.iter().for_each(|(kind, about)| print(dump_plugin(kind, about).as_bytes())),
+            }
+        }
+    }
+    0
+}
+
+/// `--dump-plugin` of one layer. Source: nbdkit server/plugins.c `plugin_dump_fields`.
+fn dump_plugin(kind: &str, about: &crate::layer::About) -> String {
+    let mut text = String::new();
+    if kind == "plugin" {
+        text += &format!("name={}\nversion={}\n", about.name, env!("CARGO_PKG_VERSION"));
+        if let Some(key) = about.magic_key {
+            text += &format!("magic_config_key={key}\n");
+        }
+    }
+    about.dump.iter().for_each(|(key, value)| text += &format!("{key}={value}\n"));
+    text
+}
