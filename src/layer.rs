@@ -99,8 +99,13 @@ pub trait Filter {
 }
 
 /// What filters may say about when the server ends.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Lifetime {
     /// End when the last client has left (`exitlast`).
     pub exit_last: bool,
+    /// End when any of these has happened (`exitwhen`).
+    pub exit_when: Vec<nbdcaptive_actors::Event>,
+    /// One of them has happened before the server could start: it serves nothing then and ends with status 0. The line says
+    /// what has happened.
+    pub already: Option<String>,
 }

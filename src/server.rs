@@ -78,6 +78,8 @@ struct Ready<'a> {
     options: &'a Options,
     report: Report,
     server: Server,
+    /// The shell's variables for the command.
+    prelude: Vec<u8>,
     captivity: Option<Captivity>,
     hangup_is_ignored: bool,
 }
@@ -126,6 +128,15 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     report.debug(format_args!("request processing: {}", way.join(" -> ")));
     let Stack { exports, lifetime, plugin } = layers.configure(&options.parameters).map_err(config)?;
     let report = report.clone().about_plugin(plugin);
+
+    if let Some(event) = &lifetime.already {
+        report.say(format_args!("nothing to serve: {event}"));
+        if let Some(Captivity { link, .. }) = &captivity {
+            // Status 0 without a word would be taken for a failure. Without a guardian nobody wants to know.
+            let _ = link.say(&Word::Outcome { status: 0, signal: 0 });
+        }
+        return Ok(None);
+    }
 
     // From here on there is something to clean up.
     let system = |line: String| Failure { report: report.clone(), line, is_config: false };
@@ -182,16 +193,14 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     for socket in listening.sockets {
         server = server.listen(socket);
     }
+    for event in lifetime.exit_when {
+        server = server.exit_when(event);
+    }
     if let Some(pidfd) = parent {
         server = server.parent(pidfd);
     }
-    if let Some(captivity) = &captivity {
-        let prelude = environment.prelude();
-        if captivity.link.say(&Word::Ready(prelude)).is_err() {
-            return Err(system("the guardian process is gone".to_owned()));
-        }
-    }
-    Ok(Some(Ready { options, report, server, captivity, hangup_is_ignored }))
+    let prelude = environment.prelude();
+    Ok(Some(Ready { options, report, server, prelude, captivity, hangup_is_ignored }))
 }
 
 fn environment(options: &Options, listening: &Listening) -> Environment {
@@ -213,7 +222,7 @@ fn environment(options: &Options, listening: &Listening) -> Environment {
 
 impl Ready<'_> {
     fn serve(self) -> i32 {
-        let Ready { options, report, mut server, captivity, hangup_is_ignored } = self;
+        let Ready { options, report, mut server, prelude, captivity, hangup_is_ignored } = self;
         let executor = Arc::new(Executor::new());
         let ended = async_io::block_on(executor.run(async {
             let signals = signals()?;
@@ -230,7 +239,7 @@ impl Ready<'_> {
             // Both live as long as the server: dropped with these bindings.
             let _signals = executor.spawn(pass_signals(signals, handle, hangup_is_ignored));
             let status = match bridge {
-                Some(bridge) => bridge.serve(&running, options.grace_period).await,
+                Some(bridge) => bridge.serve(&running, &prelude, options.grace_period).await,
                 None => running.wait().await.exit_status(),
             };
             io::Result::Ok(status)
@@ -280,8 +289,10 @@ impl Bridge {
     }
 
     /// Serves to the end and says the outcome to the guardian.
-    async fn serve(self, running: &Running, grace: Duration) -> i32 {
+    async fn serve(self, running: &Running, prelude: &[u8], grace: Duration) -> i32 {
         let Bridge { link, front, orders, events } = self;
+        // Clients are taken from here on, so the command may start. A guardian that is gone shows below.
+        let _ = link.get_ref().say(&Word::Ready(prelude.to_vec()));
         let pass_orders = async {
             while let Ok(order) = orders.recv().await {
                 let word = match order {

@@ -1,7 +1,13 @@
-//! Decides when an idle server leaves (`exitlast`). Hears of sessions from the Coordinator; tells only the Coordinator.
-//! Ends with its decision, or when the Coordinator is gone. Source: nbdkit filters/exitlast/exitlast.c.
+//! Decides when a server leaves by itself: after its last client (`exitlast`), or after an event (`exitwhen`).
+//!
+//! Hears of sessions from the Coordinator and of events by the futures that it was given; tells only the Coordinator. Ends
+//! when it has told all it can, or when the Coordinator is gone.
+//! Source: nbdkit filters/exitlast/exitlast.c, filters/exitwhen/exitwhen.c.
 
 use std::collections::HashSet;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
@@ -10,6 +16,9 @@ use smol::future::or;
 
 use crate::coordinator::{self, Cause, Message};
 use crate::session::SessionId;
+
+/// Something that ends the server when it happens: it is then done, and says in a line what has happened.
+pub type Event = Pin<Box<dyn Future<Output = String> + Send>>;
 
 /// How long a client that is still negotiating may hold up the end after the last one has left.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -88,9 +97,38 @@ impl State {
 }
 
 /// The actor: the handle that the Coordinator tells facts through, and the actor's future.
-pub(crate) fn new(coordinator: coordinator::Handle) -> (Handle, impl Future<Output = ()> + Send) {
+pub(crate) fn new(
+    exit_last: bool,
+    events: Vec<Event>,
+    coordinator: coordinator::Handle,
+) -> (Handle, impl Future<Output = ()> + Send) {
     let (inbox, facts) = async_channel::unbounded();
-    (Handle { inbox }, run(State::default(), facts, coordinator))
+    let happened = watch(events, coordinator.clone());
+    let left = async move {
+        if exit_last {
+            run(State::default(), facts, coordinator).await;
+        }
+    };
+    (Handle { inbox }, async {
+        smol::future::zip(happened, left).await;
+    })
+}
+
+/// Tells of each event once, when it happens. Dropped, none is missed that has not happened.
+async fn watch(mut events: Vec<Event>, coordinator: coordinator::Handle) {
+    let _guard = coordinator.guard("the ExitPolicy");
+    while !events.is_empty() {
+        let (index, what) = poll_fn(|cx| {
+            let poll = |(index, event): (usize, &mut Event)| match event.as_mut().poll(cx) {
+                Poll::Ready(what) => Some((index, what)),
+                Poll::Pending => None,
+            };
+            events.iter_mut().enumerate().find_map(poll).map_or(Poll::Pending, Poll::Ready)
+        })
+        .await;
+        drop(events.swap_remove(index));
+        coordinator.shut_down(Cause::Event(what));
+    }
 }
 
 async fn run(mut state: State, facts: Receiver<Fact>, coordinator: coordinator::Handle) {

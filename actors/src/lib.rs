@@ -15,7 +15,7 @@
 //! | `backend.rs` | owns the device of one connection; carries out batches of requests |
 //! | `child_supervisor.rs` | the command that the server is captive of, as the server sees it |
 //! | `parent_watcher.rs` | the process that the server is to live as long as |
-//! | `exit_policy.rs` | `exitlast`: sessions in, a cause out |
+//! | `exit_policy.rs` | `exitlast` and `exitwhen`: sessions and events in, causes out |
 //! | `device.rs` | the trait of every plugin and filter, with its contract |
 //! | `extents.rs`, `segments.rs` | what a device answers with: a map of holes, the data of a read |
 //! | `protocol/` | bytes to types and back, without I/O |
@@ -59,5 +59,6 @@ mod session;
 mod worker;
 
 pub use coordinator::{Cause, CommandEnd, Handle, Outcome};
+pub use exit_policy::Event;
 pub use server::{Running, Server};
 pub use session::SessionId;

@@ -14,7 +14,7 @@ use crate::buffers::Buffers;
 use crate::child_supervisor::{self, Captor};
 use crate::coordinator::{Cause, Coordinator, Handle, Limits, Outcome};
 use crate::device::Exports;
-use crate::exit_policy;
+use crate::exit_policy::{self, Event};
 use crate::listener::{Listener, Place};
 use crate::log::{Log, Silent, Speaker};
 use crate::parent_watcher;
@@ -30,6 +30,7 @@ pub struct Server {
     workers: usize,
     keepalive: bool,
     exit_last: bool,
+    events: Vec<Event>,
     parent: Option<OwnedFd>,
     captor: Option<Captor>,
     before_refusing: Option<Hook>,
@@ -58,6 +59,7 @@ impl Server {
             workers: 0,
             keepalive: false,
             exit_last: false,
+            events: Vec::new(),
             parent: None,
             captor: None,
             before_refusing: None,
@@ -127,6 +129,13 @@ impl Server {
         self
     }
 
+    /// Takes no more clients once `event` is done, and ends when the last has left. `event` says in a line what has happened;
+    /// it runs on the server's executor and must not block. May be called several times; any of them counts.
+    pub fn exit_when(mut self, event: Event) -> Server {
+        self.events.push(event);
+        self
+    }
+
     /// Ends when the process behind `pidfd` has.
     pub fn parent(mut self, pidfd: OwnedFd) -> Server {
         self.parent = Some(pidfd);
@@ -185,8 +194,8 @@ impl Server {
             tasks.push(executor.spawn(actor));
             handle
         });
-        let policy = self.exit_last.then(|| {
-            let (handle, actor) = exit_policy::new(ends.handle.clone());
+        let policy = (self.exit_last || !self.events.is_empty()).then(|| {
+            let (handle, actor) = exit_policy::new(self.exit_last, self.events, ends.handle.clone());
             tasks.push(executor.spawn(actor));
             handle
         });

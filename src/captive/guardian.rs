@@ -406,6 +406,10 @@ impl Guardian<'_> {
             self.hear_server();
             self.server = None;
             self.link = None;
+            if !self.started {
+                // Nobody will ever say "go".
+                self.starter = None;
+            }
             self.silence_is_broken();
             self.alarms.retain(|(_, alarm)| *alarm != Alarm::DrainOver);
             if self.outcome.is_none() {
