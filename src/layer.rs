@@ -6,7 +6,7 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use nbdcaptive_actors::device::Exports;
+use nbdcaptive_actors::device::{Exports, ThreadModel};
 
 /// A `key=value` that a layer takes.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub struct About {
     pub parameters: &'static [Parameter],
     /// The key that a bare value stands for (nbdkit's `magic_config_key`).
     pub magic_key: Option<&'static str>,
+    /// How many requests it takes at a time, at most.
+    pub thread_model: ThreadModel,
     /// Further `key=value` lines of `--dump-plugin`.
     pub dump: &'static [(&'static str, &'static str)],
 }

@@ -17,6 +17,7 @@
 //! | `captive/` | `--run`: the front process, the guardian, the command, `$uri` and the shell's variables |
 //! | `daemon.rs` | going into the background |
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
+//! | `sweeper.rs` | a process that removes the socket of a server that was killed |
 //! | `report.rs` | lines to stderr |
 
 pub mod captive;
@@ -31,4 +32,5 @@ pub mod plugins;
 pub mod program;
 pub mod report;
 pub mod server;
+pub mod sweeper;
 pub mod values;

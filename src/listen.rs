@@ -8,12 +8,13 @@ use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use dns_lookup::{AddrFamily, AddrInfoHints, SockType as LookupType, getaddrinfo};
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, getsockname, listen, setsockopt,
     socket, sockopt,
@@ -92,15 +93,24 @@ fn unix(path: &Path) -> Result<Listening, String> {
     if length > LONGEST_SOCKET_PATH {
         return Err(format!("-U: path too long: length {length} > max {LONGEST_SOCKET_PATH} bytes"));
     }
+    // Held until we listen, so that no other server of ours takes a socket for dead that is only not ready yet.
+    let turn = take_turn(path);
     let attempt = || -> Result<OwnedFd, Errno> {
         let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None)?;
-        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        let address = UnixAddr::new(path)?;
+        match bind(socket.as_raw_fd(), &address) {
+            // A server that was killed may have left it, and nobody answers there.
+            Err(Errno::EADDRINUSE) if turn.is_some() && remove_dead_socket(path) => bind(socket.as_raw_fd(), &address)?,
+            bound => bound?,
+        }
         listen(&socket, BACKLOG).inspect_err(|_| {
             let _ = fs::remove_file(path);
         })?;
         Ok(socket)
     };
-    let socket = attempt().map_err(|error| format!("{}: {}", path.display(), error.desc()))?;
+    let attempted = attempt();
+    drop(turn);
+    let socket = attempted.map_err(|error| format!("{}: {}", path.display(), error.desc()))?;
     Ok(Listening { sockets: vec![socket], port: None, unix: Some(path.to_owned()) })
 }
 
@@ -205,8 +215,8 @@ fn temporary(path: &Path) -> PathBuf {
 
 /// Removes the pid file if it still holds `pid`.
 pub fn remove_pidfile(path: &Path, pid: i32) {
-    let ours = fs::read(path).is_ok_and(|text| text == format!("{pid}\n").as_bytes());
-    if ours {
+    let is_file = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_file());
+    if is_file && fs::read(path).is_ok_and(|text| text == format!("{pid}\n").as_bytes()) {
         let _ = fs::remove_file(path);
     }
 }
@@ -225,11 +235,27 @@ pub fn sweep(options: &Options, private: Option<&PrivateDirectory>, pid: i32) {
     }
 }
 
-/// Removes the socket at `path` if nobody listens there.
-fn remove_dead_socket(path: &Path) {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
+/// Removes the socket at `path` if it is our user's and nobody listens there. Whether it was removed.
+fn remove_dead_socket(path: &Path) -> bool {
+    let user = nix::unistd::geteuid().as_raw();
+    let ours = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket() && about.uid() == user);
     let refused = || UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    if is_socket && refused() {
-        let _ = fs::remove_file(path);
+    ours && refused() && fs::remove_file(path).is_ok()
+}
+
+/// One server at a time makes a socket in a directory: a lock on the directory itself, which leaves no file behind. `None`
+/// where that is not to be had; then nothing is taken over.
+fn take_turn(path: &Path) -> Option<Flock<fs::File>> {
+    let directory = fs::File::open(path.parent()?).ok()?;
+    // Held by others only for an instant; by somebody else's program for ever, perhaps, and then we go without.
+    let mut waiting = Some(directory);
+    for _ in 0..100 {
+        match Flock::lock(waiting.take()?, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((directory, Errno::EAGAIN)) => waiting = Some(directory),
+            Err(_) => return None,
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
     }
+    None
 }

@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 
+use nbdcaptive_actors::device::ThreadModel;
+
 use crate::cli::{self, Options, Request};
 use crate::config::Layers;
 use crate::inherited::Inherited;
@@ -78,6 +80,13 @@ fn dump_plugin(kind: &str, about: &crate::layer::About) -> String {
     let mut text = String::new();
     if kind == "plugin" {
         text += &format!("name={}\nversion={}\n", about.name, env!("CARGO_PKG_VERSION"));
+        let model = match about.thread_model {
+            ThreadModel::SerializeConnections => "serialize_connections",
+            ThreadModel::SerializeAllRequests => "serialize_all_requests",
+            ThreadModel::SerializeRequests => "serialize_requests",
+            ThreadModel::Parallel => "parallel",
+        };
+        text += &format!("max_thread_model={model}\nthread_model={model}\n");
         if let Some(key) = about.magic_key {
             text += &format!("magic_config_key={key}\n");
         }

@@ -1,7 +1,7 @@
 //! The process that serves: configures, listens, says that it is ready, waits for the engine, cleans up.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use nix::unistd::getppid;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use smol::Executor;
 
+use crate::captive::command::Errand;
 use crate::captive::environment::Environment;
 use crate::captive::link::{Link, Word};
 use crate::captive::tree;
@@ -24,6 +25,7 @@ use crate::daemon::Launcher;
 use crate::inherited::{Inherited, all_signals};
 use crate::listen::{self, Listening, PrivateDirectory};
 use crate::report::{Report, print};
+use crate::sweeper::Sweeper;
 
 /// How often a tree that is to end is looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -41,8 +43,6 @@ pub enum Role<'a> {
     Captive {
         /// To the guardian.
         link: Link,
-        /// The front process.
-        front: OwnedFd,
         /// The parent that the server is to live as long as.
         parent: Option<OwnedFd>,
         /// Where the private socket is to be.
@@ -78,16 +78,16 @@ struct Ready<'a> {
     options: &'a Options,
     report: Report,
     server: Server,
-    /// The shell's variables for the command.
-    prelude: Vec<u8>,
+    /// For the command's process.
+    errand: Errand,
     captivity: Option<Captivity>,
+    sweeper: Option<Sweeper>,
     hangup_is_ignored: bool,
 }
 
 /// What a captive server has of the other processes.
 struct Captivity {
     link: Link,
-    front: OwnedFd,
 }
 
 fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>, Failure> {
@@ -113,9 +113,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             };
             (parent, None, private, daemon, inherited.ignores_hangup())
         }
-        Role::Captive { link, front, parent, private } => {
-            (parent, Some(Captivity { link, front }), private, None, false)
-        }
+        Role::Captive { link, parent, private } => (parent, Some(Captivity { link }), private, None, false),
     };
 
     let config = |error: crate::layer::ConfigError| Failure { report: report.clone(), line: error.0, is_config: true };
@@ -131,7 +129,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
 
     if let Some(event) = &lifetime.already {
         report.say(format_args!("nothing to serve: {event}"));
-        if let Some(Captivity { link, .. }) = &captivity {
+        if let Some(Captivity { link }) = &captivity {
             // Status 0 without a word would be taken for a failure. Without a guardian nobody wants to know.
             let _ = link.say(&Word::Outcome { status: 0, signal: 0 });
         }
@@ -140,7 +138,21 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
 
     // From here on there is something to clean up.
     let system = |line: String| Failure { report: report.clone(), line, is_config: false };
-    let listening = listen::start(options, private.as_ref()).map_err(system)?;
+    // The last fork: no thread has been started yet.
+    let makes_files = options.unix.is_some() || options.pidfile.is_some();
+    let sweeper = match captivity {
+        // The guardian sweeps.
+        Some(_) => None,
+        None if !makes_files => None,
+        None => Some(Sweeper::start(options, private.as_ref()).map_err(|error| system(error.to_string()))?),
+    };
+    let listening = match listen::start(options, private.as_ref()) {
+        Ok(listening) => listening,
+        Err(line) => {
+            sweeper.into_iter().for_each(Sweeper::dismiss);
+            return Err(system(line));
+        }
+    };
     let pid = std::process::id().cast_signed();
     let clean_up = {
         let (options, private) = (options.clone(), private.clone());
@@ -149,8 +161,11 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     let unlisted = listening.unix.clone();
     let environment = environment(options, &listening);
     report.debug(format_args!("NBD URI: {}", String::from_utf8_lossy(&environment.uri)));
+    let mut errand = Errand { print: Vec::new(), prelude: environment.prelude() };
     if options.print_uri {
-        print(&print_uri_text(&environment.uri));
+        let text = print_uri_text(&environment.uri);
+        // A captive server has no stdout: it is the command's.
+        if captivity.is_some() { errand.print = text } else { print(&text) }
     }
     let finish_start = || -> Result<(), String> {
         if let Some(path) = &options.pidfile {
@@ -166,6 +181,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     if let Err(line) = started {
         drop(listening);
         clean_up();
+        sweeper.into_iter().for_each(Sweeper::dismiss);
         return Err(system(line));
     }
 
@@ -199,8 +215,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     if let Some(pidfd) = parent {
         server = server.parent(pidfd);
     }
-    let prelude = environment.prelude();
-    Ok(Some(Ready { options, report, server, prelude, captivity, hangup_is_ignored }))
+    Ok(Some(Ready { options, report, server, errand, captivity, sweeper, hangup_is_ignored }))
 }
 
 fn environment(options: &Options, listening: &Listening) -> Environment {
@@ -222,13 +237,13 @@ fn environment(options: &Options, listening: &Listening) -> Environment {
 
 impl Ready<'_> {
     fn serve(self) -> i32 {
-        let Ready { options, report, mut server, prelude, captivity, hangup_is_ignored } = self;
+        let Ready { options, report, mut server, errand, captivity, sweeper, hangup_is_ignored } = self;
         let executor = Arc::new(Executor::new());
         let ended = async_io::block_on(executor.run(async {
             let signals = signals()?;
             let bridge = match captivity {
-                Some(Captivity { link, front }) => {
-                    let (captor, bridge) = Bridge::new(link, front)?;
+                Some(Captivity { link }) => {
+                    let (captor, bridge) = Bridge::new(link)?;
                     server = server.captor(captor);
                     Some(bridge)
                 }
@@ -237,13 +252,15 @@ impl Ready<'_> {
             let running = server.start(&executor)?;
             let handle = running.handle();
             // Both live as long as the server: dropped with these bindings.
-            let _signals = executor.spawn(pass_signals(signals, handle, hangup_is_ignored));
+            let child = sweeper.as_ref().map(Sweeper::pid);
+            let _signals = executor.spawn(pass_signals(signals, handle, hangup_is_ignored, child));
             let status = match bridge {
-                Some(bridge) => bridge.serve(&running, &prelude, options.grace_period).await,
+                Some(bridge) => bridge.serve(&running, &errand, options.grace_period).await,
                 None => running.wait().await.exit_status(),
             };
             io::Result::Ok(status)
         }));
+        sweeper.into_iter().for_each(Sweeper::dismiss);
         ended.unwrap_or_else(|error| {
             report.error(format_args!("cannot serve: {error}"));
             1
@@ -257,11 +274,17 @@ fn signals() -> io::Result<Async<SignalFd>> {
 }
 
 /// Turns signals into messages to the Coordinator. Others do to this process what they do by default.
-async fn pass_signals(signals: Async<SignalFd>, handle: Handle, hangup_is_ignored: bool) {
+async fn pass_signals(
+    signals: Async<SignalFd>,
+    handle: Handle,
+    hangup_is_ignored: bool,
+    sweeper: Option<nix::unistd::Pid>,
+) {
     while signals.readable().await.is_ok() {
         while let Ok(Some(info)) = signals.get_ref().read_signal() {
             match info.ssi_signo as i32 {
                 1 if hangup_is_ignored => {}
+                17 => sweeper.into_iter().for_each(Sweeper::reap),
                 number @ (1 | 2 | 3 | 15) => handle.signal(number),
                 // USR1 and the like: nobody sends them to a server but to end it.
                 number @ (10 | 12 | 14 | 26 | 27) => handle.signal(number),
@@ -274,25 +297,24 @@ async fn pass_signals(signals: Async<SignalFd>, handle: Handle, hangup_is_ignore
 /// Carries words between the guardian and the engine.
 struct Bridge {
     link: Async<Link>,
-    front: OwnedFd,
     orders: Receiver<CommandOrder>,
     events: Sender<CommandEvent>,
 }
 
 impl Bridge {
-    fn new(link: Link, front: OwnedFd) -> io::Result<(Captor, Bridge)> {
+    fn new(link: Link) -> io::Result<(Captor, Bridge)> {
         // Orders are a handful in all; the bound is never met.
         let (orders, orders_inbox) = async_channel::bounded(64);
         let (events, events_inbox) = async_channel::bounded(64);
-        let bridge = Bridge { link: Async::new_nonblocking(link)?, front, orders: orders_inbox, events };
+        let bridge = Bridge { link: Async::new_nonblocking(link)?, orders: orders_inbox, events };
         Ok((Captor { orders, events: events_inbox }, bridge))
     }
 
     /// Serves to the end and says the outcome to the guardian.
-    async fn serve(self, running: &Running, prelude: &[u8], grace: Duration) -> i32 {
-        let Bridge { link, front, orders, events } = self;
+    async fn serve(self, running: &Running, errand: &Errand, grace: Duration) -> i32 {
+        let Bridge { link, orders, events } = self;
         // Clients are taken from here on, so the command may start. A guardian that is gone shows below.
-        let _ = link.get_ref().say(&Word::Ready(prelude.to_vec()));
+        let _ = link.get_ref().say(&Word::Ready(errand.encode()));
         let pass_orders = async {
             while let Ok(order) = orders.recv().await {
                 let word = match order {
@@ -319,11 +341,10 @@ impl Bridge {
                 };
                 let _ = events.send(event).await;
             }
-            // The guardian was killed. If the front process still stands it ends the command; if not, we are the last.
-            if has_ended(&front) {
-                end_command(command, grace).await;
-            }
+            // The guardian was killed. The front process, if it still stands, ends the command; if not, we are the last. Both
+            // may do so at once, and it does no harm.
             let _ = events.send(CommandEvent::FrontEnded).await;
+            end_command(command, grace).await;
             let _ = events.send(CommandEvent::Ended(CommandEnd::Killed(9))).await;
             std::future::pending::<i32>().await
         };
@@ -334,12 +355,6 @@ impl Bridge {
         };
         smol::future::or(finished, smol::future::or(pass_events, pass_orders)).await
     }
-}
-
-fn has_ended(pidfd: &OwnedFd) -> bool {
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
 /// Ends a command that nobody else is left to end, and what descends from it.

@@ -285,6 +285,7 @@ static PLUGIN: About = About {
         Parameter { key: "size", value: "<SIZE>", help: "The size of the disk.", required: true },
         Parameter { key: "mode", value: "fast|safe", help: "What matters more; fast if not given.", required: false },
     ],
+    thread_model: nbdcaptive_actors::device::ThreadModel::Parallel,
     magic_key: Some("size"),
     dump: &[],
 };
@@ -292,6 +293,7 @@ static FILTER: About = About {
     name: "exitlast",
     summary: "end when the last client has left",
     parameters: &[],
+    thread_model: nbdcaptive_actors::device::ThreadModel::Parallel,
     magic_key: None,
     dump: &[],
 };

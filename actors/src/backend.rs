@@ -98,7 +98,9 @@ pub(crate) async fn open(exports: Arc<dyn Exports>, client: Client) -> Result<Op
             if size > i64::MAX as u64 {
                 return Err(Error::failed(ErrorCode::Overflow, format!("the device's size {size} is over 2^63-1")));
             }
-            let offered = settle(device.capabilities()?);
+            let mut offered = device.capabilities()?;
+            offered.write &= !client.read_only;
+            let offered = settle(offered);
             Ok(Opened { device, size, offered })
         }));
         opened.unwrap_or_else(|_| Err(Error::failed(ErrorCode::Io, "the device panicked while it was opened")))

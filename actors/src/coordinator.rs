@@ -186,8 +186,35 @@ const SECOND_SIGNAL: Duration = Duration::from_millis(250);
 /// `SIGTERM`, by its number, since the engine sends no signals itself.
 const SIGTERM: i32 = 15;
 
+/// What an end that has begun still waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Waits {
+    command: bool,
+    listener: bool,
+    clients: usize,
+    /// Their devices to be unloaded.
+    unload: bool,
+}
+
+impl fmt::Display for Waits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let clients = match self.clients {
+            0 => None,
+            1 => Some("1 client".to_owned()),
+            count => Some(format!("{count} clients")),
+        };
+        let when = |yes: bool, what: &str| yes.then(|| what.to_owned());
+        let command = when(self.command, "the command");
+        let unload = when(self.unload, "the plugin to unload");
+        let all: Vec<_> =
+            [command, when(self.listener, "the listener"), clients, unload].into_iter().flatten().collect();
+        f.write_str(if all.is_empty() { "nothing" } else { "" })?;
+        f.write_str(&all.join(", "))
+    }
+}
+
 /// The decision: what is known, and what follows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct State {
     phase: Phase,
     cause: Option<Cause>,
@@ -225,6 +252,18 @@ impl State {
         self.cause.as_ref()
     }
 
+    /// What is missing to the end, if it has begun.
+    fn waits(&self) -> Option<Waits> {
+        self.cause.as_ref()?;
+        Some(Waits {
+            command: self.command == Command::Running,
+            listener: self.listening,
+            clients: self.sessions.len(),
+            unload: self.unload != Unload::Done,
+        })
+    }
+
+    /// Takes one message and says what follows from it.
     pub(crate) fn on(&mut self, message: Message) -> Vec<Order> {
         let mut orders = Vec::new();
         if self.phase == Phase::Stopped {
@@ -574,10 +613,17 @@ impl Coordinator {
             if known && let Message::Cause(cause) = &message {
                 self.speaker.debug(format_args!("also: {cause}"));
             }
+            let waited = self.state.waits();
             let orders = self.state.on(message);
             if !known && let Some(cause) = self.state.cause() {
                 self.ending_since = Some(Instant::now());
                 self.speaker.debug(format_args!("ending: {cause}"));
+            }
+            let waits = self.state.waits();
+            if waits != waited
+                && let Some(waits) = waits
+            {
+                self.speaker.debug(format_args!("waiting for {waits}"));
             }
             for order in orders {
                 if let Order::Finish(outcome) = order {
@@ -613,16 +659,13 @@ impl Coordinator {
         let debug = |line: fmt::Arguments<'_>| self.speaker.debug(line);
         match order {
             Order::StopListening => self.stop = None,
-            Order::DrainSessions => {
-                debug(format_args!("waiting for {} clients to finish", self.state.sessions.len()));
-                self.drain = None;
-            }
+            Order::DrainSessions => self.drain = None,
             Order::CloseSessions => {
                 debug(format_args!("closing {} clients at once", self.state.sessions.len()));
                 self.close = None;
             }
             Order::SignalCommand(signal) => {
-                debug(format_args!("waiting for the command, which gets signal {signal}"));
+                debug(format_args!("passing signal {signal} on to the command"));
                 self.command.iter().for_each(|command| command.signal(signal));
             }
             Order::KillCommand => {
@@ -749,5 +792,225 @@ mod tests {
         assert_eq!(state.on(Message::Unloaded(None)), []);
         let orders = state.on(Message::Cause(Cause::CommandEnded(CommandEnd::Exited(4))));
         assert_eq!(finished(&orders).map(Outcome::exit_status), Some(4));
+    }
+
+    const TWO: SessionId = SessionId(2);
+    const FAILED: &str = "no space left";
+
+    /// Everything that can come, in any order in which it can come.
+    fn alphabet() -> Vec<Message> {
+        let cause = Message::Cause;
+        let signal = |at| Message::Signal { number: SIGTERM, at: Duration::from_millis(at) };
+        vec![
+            cause(Cause::CommandEnded(CommandEnd::Exited(3))),
+            cause(Cause::CommandEnded(CommandEnd::Exited(0))),
+            cause(Cause::CommandEnded(CommandEnd::Killed(9))),
+            signal(0),
+            signal(400),
+            cause(Cause::ParentEnded),
+            cause(Cause::FrontEnded),
+            cause(Cause::LastClientLeft),
+            cause(Cause::Event("it happened".into())),
+            cause(Cause::Requested),
+            cause(Cause::Fatal("it broke".into())),
+            Message::SessionClosed { id: ONE, failure: None },
+            Message::SessionClosed { id: TWO, failure: Some(FAILED.into()) },
+            Message::ListenerClosed,
+            Message::Unloaded(None),
+            Message::Unloaded(Some(FAILED.into())),
+            Message::Deadline(Deadline::Grace),
+            Message::Deadline(Deadline::Drain),
+        ]
+    }
+
+    /// What the world outside knows: what may come next, and what has been promised.
+    #[derive(Clone)]
+    struct World {
+        state: State,
+        sessions: Vec<SessionId>,
+        listening: bool,
+        command: Option<Option<CommandEnd>>,
+        first_cause: Option<Cause>,
+        failures: bool,
+        ordered: Vec<Order>,
+        unloads: usize,
+        outcome: Option<Outcome>,
+        path: Vec<Message>,
+    }
+
+    impl World {
+        fn new(has_command: bool) -> World {
+            let mut state = State::new(has_command);
+            for id in [ONE, TWO] {
+                state.on(Message::SessionOpened(id));
+                state.on(Message::SessionNegotiated(id));
+            }
+            World {
+                state,
+                sessions: vec![ONE, TWO],
+                listening: true,
+                command: has_command.then_some(None),
+                first_cause: None,
+                failures: false,
+                ordered: Vec::new(),
+                unloads: 0,
+                outcome: None,
+                path: Vec::new(),
+            }
+        }
+
+        fn was_ordered(&self, order: &Order) -> bool {
+            self.ordered.contains(order)
+        }
+
+        /// Whether `message` can come now.
+        fn can(&self, message: &Message) -> bool {
+            match message {
+                Message::Cause(Cause::CommandEnded(_)) => self.command == Some(None),
+                // The second comes after the first.
+                Message::Signal { at, .. } => !self.path.contains(message) && (at.is_zero() || self.had_first_signal()),
+                Message::Cause(cause) => !self.path.contains(&Message::Cause(cause.clone())),
+                Message::SessionClosed { id, .. } => self.sessions.contains(id),
+                Message::ListenerClosed => self.listening && self.was_ordered(&Order::StopListening),
+                Message::Unloaded(_) => {
+                    self.unloads == 1 && !self.path.iter().any(|m| matches!(m, Message::Unloaded(_)))
+                }
+                Message::Deadline(deadline) => self.was_ordered(&Order::Arm(*deadline)) && !self.path.contains(message),
+                _ => false,
+            }
+        }
+
+        fn had_first_signal(&self) -> bool {
+            self.path.iter().any(|m| matches!(m, Message::Signal { at, .. } if at.is_zero()))
+        }
+
+        fn play(&mut self, message: Message) {
+            let before = self.state.waits();
+            self.path.push(message.clone());
+            match &message {
+                Message::Cause(cause) => {
+                    self.first_cause.get_or_insert(cause.clone());
+                    if let Cause::CommandEnded(end) = cause {
+                        self.command = Some(Some(*end));
+                    }
+                    self.failures |= matches!(cause, Cause::Fatal(_));
+                }
+                Message::Signal { number, .. } => {
+                    self.first_cause.get_or_insert(Cause::Signal(*number));
+                }
+                Message::SessionClosed { id, failure } => {
+                    self.sessions.retain(|open| open != id);
+                    self.failures |= failure.is_some();
+                }
+                Message::ListenerClosed => self.listening = false,
+                Message::Unloaded(failure) => self.failures |= failure.is_some(),
+                _ => {}
+            }
+            let is_cause = matches!(message, Message::Cause(_) | Message::Signal { .. });
+            let orders = self.state.on(message);
+            self.check(&orders, before, is_cause);
+        }
+
+        fn check(&mut self, orders: &[Order], before: Option<Waits>, is_cause: bool) {
+            let path = &self.path;
+            if let (Some(before), Some(now), true) = (before, self.state.waits(), is_cause) {
+                let later = (now.command && !before.command)
+                    || (now.listener && !before.listener)
+                    || now.clients > before.clients
+                    || (now.unload && !before.unload);
+                assert!(!later, "a later cause made the end later: {path:?}");
+            }
+            for order in orders {
+                assert!(self.outcome.is_none(), "an order after the end: {path:?}");
+                // Signals may be passed on several times; everything else is ordered once.
+                if !matches!(order, Order::SignalCommand(_)) {
+                    assert!(!self.ordered.contains(order), "ordered twice: {order:?} {path:?}");
+                }
+                match order {
+                    Order::Unload => {
+                        assert!(self.sessions.is_empty() && !self.listening, "unloaded under clients: {path:?}");
+                        self.unloads += 1;
+                    }
+                    Order::SignalCommand(_) | Order::KillCommand => {
+                        assert_eq!(self.command, Some(None), "an order to no command: {path:?}");
+                    }
+                    Order::Finish(outcome) => {
+                        assert!(self.sessions.is_empty() && !self.listening, "ended under clients: {path:?}");
+                        assert_ne!(self.command, Some(None), "ended before the command: {path:?}");
+                        let given_up = self.ordered.contains(&Order::CloseSessions);
+                        let unloaded = self.path.iter().any(|m| matches!(m, Message::Unloaded(_)));
+                        assert!(unloaded || given_up, "ended without a flush and unload: {path:?}");
+                        assert_eq!(Some(&outcome.cause), self.first_cause.as_ref(), "not the first cause: {path:?}");
+                        assert_eq!(outcome.command, self.command.flatten(), "{path:?}");
+                        assert!(outcome.failure.is_some() || !self.failures, "a failure was forgotten: {path:?}");
+                        self.outcome = Some(outcome.clone());
+                    }
+                    _ => {}
+                }
+                self.ordered.push(order.clone());
+            }
+        }
+
+        /// The rest of the world does what it was told, in the most ordinary order.
+        fn complete(mut self) {
+            if self.first_cause.is_none() {
+                assert_eq!(self.ordered, [], "an order without a cause: {:?}", self.path);
+                return;
+            }
+            for _ in 0..8 {
+                let told = self.ordered.iter().any(|o| matches!(o, Order::SignalCommand(_) | Order::KillCommand));
+                let leave = self.was_ordered(&Order::DrainSessions) || self.was_ordered(&Order::CloseSessions);
+                let next = if self.can(&Message::ListenerClosed) {
+                    Message::ListenerClosed
+                } else if let (Some(id), true) = (self.sessions.first(), leave || !told) {
+                    // Told to, or by itself, as after an event.
+                    Message::SessionClosed { id: *id, failure: None }
+                } else if self.can(&Message::Unloaded(None)) {
+                    Message::Unloaded(None)
+                } else if self.command == Some(None) {
+                    // Told to, or by itself: an end that is no fault waits for it.
+                    Message::Cause(Cause::CommandEnded(CommandEnd::Exited(3)))
+                } else {
+                    break;
+                };
+                self.play(next);
+            }
+            let path = &self.path;
+            let outcome = self.outcome.as_ref().unwrap_or_else(|| panic!("it never ends: {path:?}"));
+            let status = outcome.exit_status();
+            let want = match (&outcome.cause, outcome.command, &outcome.failure) {
+                (Cause::ParentEnded, _, None) => 0,
+                (_, Some(CommandEnd::Killed(signal)), _) => 128 + signal,
+                (_, Some(CommandEnd::Exited(0)) | None, None) => 0,
+                (_, Some(CommandEnd::Exited(0)) | None, Some(_)) => 1,
+                (_, Some(CommandEnd::Exited(status)), _) => status,
+            };
+            assert_eq!(status, want, "{path:?}");
+        }
+    }
+
+    fn explore(world: &World, alphabet: &[Message], depth: usize, seen: &mut usize) {
+        *seen += 1;
+        world.clone().complete();
+        if depth == 0 || world.outcome.is_some() {
+            return;
+        }
+        for message in alphabet.iter().filter(|message| world.can(message)) {
+            let mut next = world.clone();
+            next.play(message.clone());
+            explore(&next, alphabet, depth - 1, seen);
+        }
+    }
+
+    /// Exactly one exit status; the first cause wins; never later because of another; flushed and unloaded before the end;
+    /// every session accounted for: in every order of five causes and completions, and then to the end.
+    #[test]
+    fn every_order_of_five_causes_and_completions_ends_once_and_right() {
+        let alphabet = alphabet();
+        let mut seen = 0;
+        for has_command in [false, true] {
+            explore(&World::new(has_command), &alphabet, 5, &mut seen);
+        }
+        assert!(seen > 100_000, "only {seen} orders were possible");
     }
 }

@@ -11,17 +11,40 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::inherited::Inherited;
 
-/// What comes before the variables when the command may go. Without it the pipe's end means: never.
+/// What comes first when the command may go. Without it the pipe's end means: never.
 const GO: u8 = b'!';
+
+/// What the command's process is to do before it becomes the command.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Errand {
+    /// To be printed on the caller's stdout, which no other process holds.
+    pub print: Vec<u8>,
+    /// Shell text in front of the command.
+    pub prelude: Vec<u8>,
+}
+
+impl Errand {
+    /// As bytes, to be handed on.
+    pub fn encode(&self) -> Vec<u8> {
+        let length = (self.print.len() as u32).to_ne_bytes();
+        [&length[..], &self.print, &self.prelude].concat()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Errand> {
+        let (length, rest) = bytes.split_first_chunk()?;
+        let (print, prelude) = rest.split_at_checked(u32::from_ne_bytes(*length) as usize)?;
+        Some(Errand { print: print.to_vec(), prelude: prelude.to_vec() })
+    }
+}
 
 /// The way to say "go". Dropped without it, the command never starts.
 #[derive(Debug)]
 pub struct Starter(PipeWriter);
 
 impl Starter {
-    /// Lets the command go, which sees `prelude` in front of it. Errors: it was killed while it waited.
-    pub fn go(mut self, prelude: &[u8]) -> io::Result<()> {
-        self.0.write_all(&[&[GO][..], prelude].concat())
+    /// Lets the command go, with an [`Errand`] as bytes. Errors: it was killed while it waited.
+    pub fn go(mut self, errand: &[u8]) -> io::Result<()> {
+        self.0.write_all(&[&[GO][..], errand].concat())
     }
 }
 
@@ -37,8 +60,12 @@ pub fn become_command(mut wait: PipeReader, run: &OsStr, inherited: &Inherited) 
     inherited.give_back();
     let mut words = Vec::new();
     wait.read_to_end(&mut words)?;
-    let Some((&GO, prelude)) = words.split_first() else { return Ok(None) };
-    let mut script = prelude.to_vec();
+    let Some((&GO, errand)) = words.split_first() else { return Ok(None) };
+    let Errand { print, prelude } = Errand::decode(errand).ok_or(io::ErrorKind::InvalidData)?;
+    if !print.is_empty() {
+        crate::report::print(&print);
+    }
+    let mut script = prelude;
     script.extend_from_slice(run.as_bytes());
     // Neither can hold a NUL: the one is made of command-line words, the other is one.
     let script = CString::new(script)?;

@@ -140,9 +140,9 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
             // The front process must know us should the guardian be killed.
             let _ = charge.front_link.say(&Word::ServerPid(nix::unistd::getpid().as_raw()));
             let Charge { options, front, parent, private, front_link, .. } = charge;
-            drop(front_link);
+            drop((front_link, front));
             let status = match setsid() {
-                Ok(_) => server::run(options, server::Role::Captive { link: server_link, front, parent, private }),
+                Ok(_) => server::run(options, server::Role::Captive { link: server_link, parent, private }),
                 Err(_) => 1,
             };
             std::process::exit(status);
@@ -274,13 +274,13 @@ impl Guardian<'_> {
 
     fn on_server_word(&mut self, word: Word) {
         match word {
-            Word::Ready(prelude) => {
+            Word::Ready(errand) => {
                 if let (Some(starter), Some(command)) = (self.starter.take(), self.command) {
                     self.started = true;
                     let pid = command.as_raw();
                     self.tell_server(&Word::CommandPid(pid));
                     // If it was killed while it waited, that is its end, and is reaped as such.
-                    let _ = starter.go(&prelude);
+                    let _ = starter.go(&errand);
                 }
             }
             Word::SignalCommand(number) => {
@@ -372,12 +372,13 @@ impl Guardian<'_> {
     }
 
     fn signal_tree(&self, number: i32) {
+        // Before the first signal: what the command starts because of it, in a trap, is its way to end.
+        let processes = tree::descendants(Pid::this(), &[self.server_pid.as_raw()]);
         // The command's own pid is ours to signal as long as we have not waited for it.
         if let Some(command) = self.command {
             tree::signal_child(command, number);
         }
-        let server = [self.server_pid.as_raw()];
-        for process in tree::descendants(Pid::this(), &server) {
+        for process in processes {
             if Some(process.pid) != self.command.map(Pid::as_raw) {
                 tree::signal(&process, number);
             }

@@ -26,7 +26,8 @@ pub enum Word {
     ServerPid(i32),
     /// Guardian to server: this is the command's pid.
     CommandPid(i32),
-    /// Server to guardian: clients can connect; the command may start, and sees these variables.
+    /// Server to guardian, which hands it on unread: clients can connect, the command may start. See
+    /// [`super::command::Errand`].
     Ready(Vec<u8>),
     /// Server to guardian: pass this signal on to the command and its tree.
     SignalCommand(i32),
@@ -114,7 +115,7 @@ fn encode(word: &Word) -> Vec<u8> {
         Word::PassOn(number) => (2, [*number, 0], &[]),
         Word::ServerPid(pid) => (3, [*pid, 0], &[]),
         Word::CommandPid(pid) => (4, [*pid, 0], &[]),
-        Word::Ready(prelude) => (5, [0, 0], prelude),
+        Word::Ready(errand) => (5, [0, 0], errand),
         Word::SignalCommand(number) => (6, [*number, 0], &[]),
         Word::KillCommand => (7, [0, 0], &[]),
         Word::CommandEnded(CommandEnd::Exited(status)) => (8, [*status, 0], &[]),

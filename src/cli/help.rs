@@ -122,6 +122,7 @@ mod tests {
                 required: false,
             },
         ],
+        thread_model: nbdcaptive_actors::device::ThreadModel::Parallel,
         magic_key: Some("size"),
         dump: &[],
     };

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use nbdcaptive_actors::device::Exports;
+use nbdcaptive_actors::device::{Exports, ThreadModel};
 
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 
@@ -13,6 +13,7 @@ pub static ABOUT: About = About {
     summary: "end when the last client has left",
     parameters: &[],
     magic_key: None,
+    thread_model: ThreadModel::Parallel,
     dump: &[],
 };
 

@@ -14,6 +14,7 @@ pub static ABOUT: About = About {
     summary: "a read-only example disk of 100 MiB with one empty partition",
     parameters: &[],
     magic_key: None,
+    thread_model: ThreadModel::SerializeAllRequests,
     dump: &[],
 };
 
@@ -94,7 +95,7 @@ impl Exports for Disk {
 
     /// Parallel would do; nbdkit keeps the safest for those who copy its example, and clients can see the difference.
     fn thread_model(&self) -> ThreadModel {
-        ThreadModel::SerializeAllRequests
+        ABOUT.thread_model
     }
 }
 

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use nbdcaptive_actors::device::{
     self, BlockSize, Call, Capabilities, Client, Device, Error, ErrorCode, Export, Exports, Extents, Flags, HOLE,
-    Support, ZERO,
+    Support, ThreadModel, ZERO,
 };
 use nix::errno::Errno;
 use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FileType, FsWord, Mode, OFlags, SeekFrom, Stat};
@@ -66,6 +66,7 @@ pub static ABOUT: About = About {
         },
     ],
     magic_key: Some("file"),
+    thread_model: ThreadModel::Parallel,
     // Of nbdkit's lines, those whose feature is here; no ioctl is used.
     dump: &[
         ("file_block_size", "yes"),

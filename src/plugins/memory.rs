@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 
 use nbdcaptive_actors::device::{
     self, BlockSize, Call, Capabilities, Device, Error, ErrorCode, Exports, Extents, Flags, HOLE, Same, Segments,
-    Support, ZERO,
+    Support, ThreadModel, ZERO,
 };
 
 use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
@@ -36,6 +36,7 @@ pub static ABOUT: About = About {
         },
     ],
     magic_key: Some("size"),
+    thread_model: ThreadModel::Parallel,
     dump: &[("mlock", "no"), ("zstd", "no")],
 };
 

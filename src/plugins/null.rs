@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use nbdcaptive_actors::device::{
-    self, Call, Capabilities, Device, Exports, Extents, Flags, HOLE, Same, Segments, Support, ZERO,
+    self, Call, Capabilities, Device, Exports, Extents, Flags, HOLE, Same, Segments, Support, ThreadModel, ZERO,
 };
 
 use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
@@ -21,6 +21,7 @@ pub static ABOUT: About = About {
         required: false,
     }],
     magic_key: Some("size"),
+    thread_model: ThreadModel::Parallel,
     dump: &[],
 };
 

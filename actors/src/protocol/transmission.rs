@@ -301,7 +301,10 @@ pub fn final_chunk(kind: u16, cookie: u64, length: u32) -> [u8; CHUNK_HEADER] {
 
 /// Appends what precedes `length` bytes of read data at `offset`.
 pub fn read_header(out: &mut Segments, structured: bool, cookie: u64, offset: u64, length: u32) {
-    if structured {
+    if structured && length == 0 {
+        // A chunk of data has at least one byte.
+        out.extend(&final_chunk(NBD_REPLY_TYPE_NONE, cookie, 0));
+    } else if structured {
         // At most MAX_PAYLOAD, so the sum fits.
         out.extend(&final_chunk(NBD_REPLY_TYPE_OFFSET_DATA, cookie, length + 8));
         out.extend(&offset.to_be_bytes());

@@ -90,6 +90,7 @@ struct Farewell {
     id: SessionId,
     coordinator: coordinator::Handle,
     failure: Option<String>,
+    negotiated: bool,
     orderly: bool,
 }
 
@@ -108,14 +109,22 @@ pub(crate) async fn run(id: SessionId, mut transport: Box<dyn Transport>, surrou
     let speaker = surroundings.speaker.of(id);
     speaker.debug(format_args!("accepted connection"));
     let coordinator = surroundings.coordinator.clone();
-    let mut farewell = Farewell { id, coordinator, failure: None, orderly: false };
+    let mut farewell = Farewell { id, coordinator, failure: None, negotiated: false, orderly: false };
     let end = serve(id, &mut *transport, &surroundings, &speaker, &mut farewell).await;
     match &end {
+        // A probe: somebody looked whether there is a server, and left.
+        End::Lost(error) if !farewell.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
         End::Lost(_) | End::Broken(_) | End::TooSlow => speaker.error(format_args!("{end}")),
         End::Disconnected | End::Drained => speaker.debug(format_args!("{end}")),
     }
     drop(transport);
     farewell.orderly = true;
+}
+
+/// Whether the client just went, rather than the stream failed.
+fn is_departure(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 async fn serve(
@@ -139,6 +148,7 @@ async fn serve(
         Err(end) => return end,
     };
     farewell.coordinator.tell(Message::SessionNegotiated(id));
+    farewell.negotiated = true;
 
     // As many as may be under way, so that handing up does not wait for the client.
     let (work, work_inbox) = async_channel::bounded(transmission::BATCHES);

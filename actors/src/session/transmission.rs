@@ -295,7 +295,9 @@ impl Transmission {
                 }
                 Err(error) => return Err(End::Lost(error)),
             };
-            moved |= self.parse()?;
+            // Also where no request was whole: only a receive that found nothing leaves word to be woken.
+            moved = true;
+            self.parse()?;
             // A client that sends and sends is not listened to for ever.
             if self.listening == Listening::LastPass {
                 self.listening = Listening::No;

@@ -1,0 +1,21 @@
+//! The binary from outside: real command lines, real clients and raw bytes. Start with `harness.rs`.
+//!
+//! `NBDCAPTIVE_TEST_SERVER=/usr/bin/nbdkit cargo test --test black_box` asks the same of nbdkit; what it is known to answer
+//! otherwise is named where it is asked, by `harness::nbdkit_differs`.
+
+#[path = "black_box/captive.rs"]
+mod captive;
+#[path = "black_box/cli.rs"]
+mod cli;
+#[path = "black_box/environment.rs"]
+mod environment;
+#[path = "black_box/harness.rs"]
+mod harness;
+#[path = "black_box/lifetime.rs"]
+mod lifetime;
+#[path = "black_box/protocol.rs"]
+mod protocol;
+#[path = "black_box/raw_client.rs"]
+mod raw_client;
+#[path = "black_box/real_data.rs"]
+mod real_data;
