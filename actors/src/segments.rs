@@ -80,6 +80,19 @@ impl Segments {
         self.length == 0
     }
 
+    /// A copy of all that was appended: for a filter that changes the data of the next device, and for tests.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut all = Vec::with_capacity(self.length);
+        for piece in &self.pieces {
+            match piece {
+                Piece::Own(range) => all.extend_from_slice(&self.own[range.clone()]),
+                Piece::Lent(memory, range) => all.extend_from_slice(&(**memory).as_ref()[range.clone()]),
+                Piece::Zeroes(count) => all.resize(all.len() + count, 0),
+            }
+        }
+        all
+    }
+
     pub(crate) fn extend(&mut self, bytes: &[u8]) {
         self.space(bytes.len()).copy_from_slice(bytes);
     }
@@ -140,14 +153,7 @@ mod tests {
     use super::*;
 
     fn bytes(segments: &Segments) -> Vec<u8> {
-        let mut all = Vec::new();
-        for piece in segments.pieces() {
-            match piece {
-                Piece::Own(range) => all.extend_from_slice(&segments.own()[range.clone()]),
-                Piece::Lent(memory, range) => all.extend_from_slice(&(**memory).as_ref()[range.clone()]),
-                Piece::Zeroes(count) => all.resize(all.len() + count, 0),
-            }
-        }
+        let all = segments.to_vec();
         assert_eq!(all.len(), segments.len());
         all
     }
