@@ -3,9 +3,13 @@
 //! A request that the device answers at once costs no task and no thread. One that would wait goes to a pool of threads, at
 //! most so many at a time, and its reply comes when it comes. Runs on the thread of its Session; ends when the Session has
 //! closed the work channel and every request has returned, after a last flush where one is due and the device's close.
+//! A device that panics is answered for with an error, and is a fatal cause for the Coordinator: what it shares with other
+//! clients may be half done.
 //! Source of the emulations: nbdkit server/plugins.c.
 
+use std::any::Any;
 use std::collections::VecDeque;
+use std::future::pending;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,6 +19,7 @@ use smol::future::or;
 use smol::lock::Mutex;
 
 use crate::buffers::Buffers;
+use crate::coordinator::{self, Cause};
 use crate::device::{
     Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments, Support,
     ThreadModel,
@@ -47,6 +52,8 @@ pub(crate) struct Payload {
 pub(crate) struct Replies {
     pub segments: Segments,
     pub requests: usize,
+    /// How many of `requests` were refused because the server is ending.
+    pub refused: usize,
     pub weight: usize,
 }
 
@@ -81,29 +88,41 @@ impl Gates {
     }
 }
 
-/// A device that was opened for a client, and what was found out about it.
+/// A device that was opened for a client, and what was found out about it. Whoever has it hands it to a [`Backend`] or closes
+/// it: just dropped, the device is never told that it is over.
 pub(crate) struct Opened {
     device: Arc<dyn Device>,
+    coordinator: coordinator::Handle,
     pub size: u64,
     pub offered: Capabilities,
 }
 
 /// Opens the export that `client` asks for. May take as long as the device takes; dropping the future leaves the open to
-/// finish on its thread, where the device is then dropped.
-pub(crate) async fn open(exports: Arc<dyn Exports>, client: Client) -> Result<Opened> {
+/// finish on its thread, where the device is then dropped without a close, so only a server that gives everything up does.
+pub(crate) async fn open(
+    exports: Arc<dyn Exports>,
+    client: Client,
+    coordinator: coordinator::Handle,
+) -> Result<Opened> {
     smol::unblock(move || {
-        let opened = catch_unwind(AssertUnwindSafe(|| {
-            let device: Arc<dyn Device> = Arc::from(exports.open(&client)?);
+        let device: Arc<dyn Device> = Arc::from(calmly(&coordinator, || exports.open(&client))?);
+        let asked = calmly(&coordinator, || {
             let size = device.size()?;
             if size > i64::MAX as u64 {
                 return Err(Error::failed(ErrorCode::Overflow, format!("the device's size {size} is over 2^63-1")));
             }
             let mut offered = device.capabilities()?;
             offered.write &= !client.read_only;
-            let offered = settle(offered);
-            Ok(Opened { device, size, offered })
-        }));
-        opened.unwrap_or_else(|_| Err(Error::failed(ErrorCode::Io, "the device panicked while it was opened")))
+            Ok((size, settle(offered)))
+        });
+        match asked {
+            Ok((size, offered)) => Ok(Opened { device, coordinator, size, offered }),
+            Err(error) => {
+                // It was opened, so it is closed; what was wrong with it first is what counts.
+                let _ = calmly(&coordinator, || device.close());
+                Err(error)
+            }
+        }
     })
     .await
 }
@@ -125,12 +144,25 @@ fn settle(mut offered: Capabilities) -> Capabilities {
 impl Opened {
     /// Closes a device that was only looked at.
     pub(crate) async fn close(self) -> Result<()> {
-        smol::unblock(move || catch_unwind(AssertUnwindSafe(|| self.device.close())).unwrap_or_else(panicked)).await
+        smol::unblock(move || calmly(&self.coordinator, || self.device.close())).await
     }
 }
 
-fn panicked<T>(_: Box<dyn std::any::Any + Send>) -> Result<T> {
-    Err(Error::failed(ErrorCode::Io, "the device panicked"))
+/// Makes a call into a device or its exports; a panic there is an error of the call and a fatal cause.
+pub(crate) fn calmly<T>(coordinator: &coordinator::Handle, call: impl FnOnce() -> Result<T>) -> Result<T> {
+    // What the panic left half done is the device's own, and the server ends because of it.
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| {
+        let why = match message(&*panic) {
+            Some(message) => format!("the device panicked: {message}"),
+            None => "the device panicked".to_owned(),
+        };
+        coordinator.shut_down(Cause::Fatal(why.clone()));
+        Err(Error::failed(ErrorCode::Io, why))
+    })
+}
+
+fn message(panic: &(dyn Any + Send)) -> Option<&str> {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str))
 }
 
 /// The Backend of one connection.
@@ -142,18 +174,55 @@ pub(crate) struct Backend {
     threads: usize,
     buffers: Buffers,
     speaker: Speaker,
+    coordinator: coordinator::Handle,
     replies: Sender<Replies>,
     waiting: VecDeque<Work>,
     running: usize,
-    /// Something was written since the last flush.
-    dirty: bool,
+    /// Only while something is running, because it is the largest thing here and most clients are idle.
+    pool: Option<Pool>,
+    written: Written,
+}
+
+/// Where threads put what they have done: room for as many as can be running, so that none ever waits.
+struct Pool {
+    done: Sender<Completion>,
+    completions: Receiver<Completion>,
+}
+
+/// What the last flush has not covered. A flush covers what had returned when it was started, and nothing that returned, or
+/// was even started, while it went on.
+#[derive(Clone, Copy, Debug, Default)]
+struct Written {
+    /// How many requests that change the device have returned.
+    returned: u64,
+    /// How many of them the last flush that succeeded has covered.
+    covered: u64,
+}
+
+impl Written {
+    /// A request has returned, whether it succeeded or not: a write that failed may have written something.
+    fn note(&mut self, command: Command) {
+        if matches!(command, Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. }) {
+            self.returned += 1;
+        }
+    }
+
+    /// A flush has succeeded that was started when `returned` was this.
+    fn flushed(&mut self, returned: u64) {
+        self.covered = self.covered.max(returned);
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.returned > self.covered
+    }
 }
 
 /// What a thread of the pool made of a request.
 struct Completion {
     replies: Replies,
-    dirty: bool,
-    flushed: bool,
+    command: Option<Command>,
+    /// For a flush that succeeded: how much it covers.
+    flushed: Option<u64>,
 }
 
 /// What the Backend hears.
@@ -184,21 +253,28 @@ impl Backend {
             threads: if parallel { threads.max(1) } else { 1 },
             buffers,
             speaker,
+            coordinator: opened.coordinator,
             replies,
             waiting: VecDeque::new(),
             running: 0,
-            dirty: false,
+            pool: None,
+            written: Written::default(),
         }
     }
 
-    /// Serves until `work` is closed and everything has returned. `flush_at_end` is asked then. The result is that of the
-    /// last flush and the close. Dropped before that, requests on the pool still finish; their replies are lost.
-    pub(crate) async fn run(mut self, work: Receiver<Batch>, flush_at_end: impl Fn() -> bool) -> Result<()> {
-        // As many as can be running, so that a thread that is done never waits.
-        let (done, completions) = async_channel::bounded(self.threads);
+    /// Serves until `work` is closed and everything has returned; then flushes the device, if it was written to since it was
+    /// flushed, and closes it. The result is that of the last flush and the close. Dropped before that, requests on the pool
+    /// still finish; their replies are lost, and the device is not closed.
+    pub(crate) async fn run(mut self, work: Receiver<Batch>, draining: impl Fn() -> bool) -> Result<()> {
         let mut open = true;
         while open || self.running > 0 {
-            let finished = async { completions.recv().await.map_or(Event::NoMoreWork, Event::Done) };
+            let finished = async {
+                match &self.pool {
+                    // Its other end is in it too, so it never closes.
+                    Some(pool) => pool.completions.recv().await.map_or(Event::NoMoreWork, Event::Done),
+                    None => pending().await,
+                }
+            };
             let event = if open {
                 or(finished, async { work.recv().await.map_or(Event::NoMoreWork, Event::Work) }).await
             } else {
@@ -208,23 +284,29 @@ impl Backend {
                 Event::Work(batch) => self.serve(batch).await,
                 Event::Done(first) => {
                     self.completed(first).await;
-                    while let Ok(next) = completions.try_recv() {
+                    while let Some(Ok(next)) = self.pool.as_ref().map(|pool| pool.completions.try_recv()) {
                         self.completed(next).await;
                     }
                 }
                 Event::NoMoreWork => open = false,
             }
-            self.start_waiting(&done);
+            if self.replies.is_closed() && draining() {
+                // A client that was cut off was promised nothing of what has not begun, and the end waits for us.
+                self.waiting.clear();
+            }
+            self.start_waiting();
+            if self.running == 0 {
+                self.pool = None;
+            }
         }
-        let flush = self.dirty && self.agreement.offered.flush && flush_at_end();
-        let device = self.device;
+        // Not only at the server's end: whether this client is the last, by which the server ends, is not known yet.
+        let flush = self.written.is_dirty() && self.agreement.offered.flush;
+        let Backend { device, coordinator, .. } = self;
         smol::unblock(move || {
-            catch_unwind(AssertUnwindSafe(|| {
-                let flushed = if flush { device.flush(&Call::BLOCKING) } else { Ok(()) };
-                let closed = device.close();
-                flushed.and(closed)
-            }))
-            .unwrap_or_else(panicked)
+            let flushed = if flush { calmly(&coordinator, || device.flush(&Call::BLOCKING)) } else { Ok(()) };
+            // Also after a flush that failed.
+            let closed = calmly(&coordinator, || device.close());
+            flushed.and(closed)
         })
         .await
     }
@@ -235,6 +317,7 @@ impl Backend {
         for mut work in batch {
             if self.try_at_once(&mut work, &mut replies.segments) {
                 replies.requests += 1;
+                replies.refused += usize::from(work.is_refused_at_end());
                 replies.weight += work.weight;
                 self.recycle(work.payload);
             } else {
@@ -253,7 +336,7 @@ impl Backend {
     }
 
     fn fresh(&self) -> Replies {
-        Replies { segments: self.buffers.reply(), requests: 0, weight: 0 }
+        Replies { segments: self.buffers.reply(), requests: 0, refused: 0, weight: 0 }
     }
 
     /// Whether it was answered, if only with an error.
@@ -284,21 +367,21 @@ impl Backend {
             None => None,
         };
         let payload = work.payload.as_ref().map_or(&[][..], Payload::bytes);
-        let answered = answer(&*self.device, &self.agreement, command, work.cookie, payload, &Call::AT_ONCE, out);
+        let target = Target { device: &*self.device, agreement: &self.agreement, coordinator: &self.coordinator };
+        let answered = answer(target, command, work.cookie, payload, &Call::AT_ONCE, out);
         drop(gate);
         match answered {
             Answer::Blocked => return false,
-            Answer::Done => note(&mut self.dirty, command),
-            Answer::Failed(why) => {
-                note(&mut self.dirty, command);
-                self.speaker.error(format_args!("{why}"));
-            }
+            Answer::Done if command == Command::Flush => self.written.flushed(self.written.returned),
+            Answer::Done => {}
+            Answer::Failed(why) => self.speaker.error(format_args!("{why}")),
         }
+        self.written.note(command);
         true
     }
 
     /// Puts waiting requests on threads, as many as may be.
-    fn start_waiting(&mut self, done: &Sender<Completion>) {
+    fn start_waiting(&mut self) {
         while self.running < self.threads {
             let Some(work) = self.waiting.pop_front() else { return };
             self.running += 1;
@@ -308,28 +391,34 @@ impl Backend {
             let mut segments = self.buffers.reply();
             let buffers = self.buffers.clone();
             let speaker = self.speaker.clone();
-            let done = done.clone();
+            let coordinator = self.coordinator.clone();
+            let returned = self.written.returned;
+            let pool = self.pool.get_or_insert_with(|| {
+                let (done, completions) = async_channel::bounded(self.threads);
+                Pool { done, completions }
+            });
+            let done = pool.done.clone();
             // Detached: its end is the message it sends, which always fits.
             smol::unblock(move || {
                 let _guard = gate.as_ref().map(|gate| gate.lock_blocking());
                 let payload = work.payload.as_ref().map_or(&[][..], Payload::bytes);
-                let (mut dirty, mut flushed) = (false, false);
-                if let Ok(command) = work.command {
-                    let answered =
-                        answer(&*device, &agreement, command, work.cookie, payload, &Call::BLOCKING, &mut segments);
+                let mut flushed = None;
+                let command = work.command.ok();
+                if let Some(command) = command {
+                    let target = Target { device: &*device, agreement: &agreement, coordinator: &coordinator };
+                    let answered = answer(target, command, work.cookie, payload, &Call::BLOCKING, &mut segments);
                     if let Answer::Failed(why) = &answered {
                         speaker.error(format_args!("{why}"));
                     }
-                    note(&mut dirty, command);
-                    flushed = command == Command::Flush && matches!(answered, Answer::Done);
+                    flushed = (command == Command::Flush && matches!(answered, Answer::Done)).then_some(returned);
                 }
                 if let Some(payload) = work.payload
                     && let Some(buffer) = Arc::into_inner(payload.buffer)
                 {
                     buffers.give_back(buffer);
                 }
-                let replies = Replies { segments, requests: 1, weight: work.weight };
-                let _ = done.try_send(Completion { replies, dirty, flushed });
+                let replies = Replies { segments, requests: 1, refused: 0, weight: work.weight };
+                let _ = done.try_send(Completion { replies, command, flushed });
             })
             .detach();
         }
@@ -337,8 +426,12 @@ impl Backend {
 
     async fn completed(&mut self, completion: Completion) {
         self.running -= 1;
-        // A write may have been going on beside the flush, and then it is not covered.
-        self.dirty = (self.dirty && !(completion.flushed && self.running == 0)) || completion.dirty;
+        if let Some(returned) = completion.flushed {
+            self.written.flushed(returned);
+        }
+        if let Some(command) = completion.command {
+            self.written.note(command);
+        }
         self.hand_up(completion.replies).await;
     }
 
@@ -362,10 +455,9 @@ impl Payload {
     }
 }
 
-fn note(dirty: &mut bool, command: Command) {
-    match command {
-        Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. } => *dirty = true,
-        _ => {}
+impl Work {
+    fn is_refused_at_end(&self) -> bool {
+        self.command.as_ref().is_err_and(|refusal| refusal.code == ErrorCode::Shutdown)
     }
 }
 
@@ -375,10 +467,17 @@ enum Answer {
     Blocked,
 }
 
+/// What a request is carried out on, and who is told if that fails badly.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    device: &'a dyn Device,
+    agreement: &'a Agreement,
+    coordinator: &'a coordinator::Handle,
+}
+
 /// Carries out `command` and appends its reply, or an error reply, to `out`; nothing if it would have to wait.
 fn answer(
-    device: &dyn Device,
-    agreement: &Agreement,
+    Target { device, agreement, coordinator }: Target<'_>,
     command: Command,
     cookie: u64,
     payload: &[u8],
@@ -386,8 +485,8 @@ fn answer(
     out: &mut Segments,
 ) -> Answer {
     let start = out.mark();
-    let attempt = AssertUnwindSafe(|| carry_out(device, agreement, command, cookie, payload, call, out));
-    let error = match catch_unwind(attempt).unwrap_or_else(panicked) {
+    let attempt = calmly(coordinator, || carry_out(device, agreement, command, cookie, payload, call, out));
+    let error = match attempt {
         Ok(()) => return Answer::Done,
         Err(error) => error,
     };

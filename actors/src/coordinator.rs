@@ -8,15 +8,16 @@ use std::collections::HashSet;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::pending;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use async_channel::{Receiver, Sender};
+use smol::Timer;
 use smol::future::or;
 use smol::stream::Stream;
-use smol::{Task, Timer};
 
 use crate::child_supervisor;
 use crate::device::Exports;
@@ -38,6 +39,11 @@ pub enum Cause {
     FrontEnded,
     /// The last client has left.
     LastClientLeft,
+    /// The only client of a server that serves one has left.
+    ClientGone {
+        /// It negotiated, and got all that it was sent.
+        served: bool,
+    },
     /// Something that was waited for has happened.
     Event(String),
     /// The embedding program or a device asked for it.
@@ -54,6 +60,8 @@ impl fmt::Display for Cause {
             Cause::ParentEnded => f.write_str("the parent process has ended"),
             Cause::FrontEnded => f.write_str("the process that waits for the command has ended"),
             Cause::LastClientLeft => f.write_str("the last client has left"),
+            Cause::ClientGone { served: true } => f.write_str("the client has left"),
+            Cause::ClientGone { served: false } => f.write_str("the client has left without having been served"),
             Cause::Event(event) => f.write_str(event),
             Cause::Requested => f.write_str("a shutdown was requested"),
             Cause::Fatal(why) => f.write_str(why),
@@ -96,7 +104,9 @@ impl Outcome {
         if self.cause == Cause::ParentEnded && self.failure.is_none() {
             return 0;
         }
-        let own = i32::from(self.failure.is_some());
+        // A server of one client has nobody else to tell that it was of no use.
+        let in_vain = self.cause == Cause::ClientGone { served: false };
+        let own = i32::from(self.failure.is_some() || in_vain);
         match self.command {
             Some(CommandEnd::Killed(signal)) => 128 + signal,
             Some(CommandEnd::Exited(0)) | None => own,
@@ -132,6 +142,8 @@ pub(crate) enum Deadline {
     Grace,
     /// For the sessions, since they were told to drain.
     Drain,
+    /// For the sessions, since they were told to stop at once.
+    Close,
 }
 
 /// What the Coordinator says.
@@ -183,6 +195,10 @@ enum Unload {
 /// group, systemd every process of a cgroup.
 const SECOND_SIGNAL: Duration = Duration::from_millis(250);
 
+/// How long sessions may take to say that they have stopped, when they were told to at once. They wait for nothing then, so
+/// one that takes longer never will.
+const CLOSE: Duration = Duration::from_secs(1);
+
 /// `SIGTERM`, by its number, since the engine sends no signals itself.
 const SIGTERM: i32 = 15;
 
@@ -219,6 +235,8 @@ pub(crate) struct State {
     phase: Phase,
     cause: Option<Cause>,
     sessions: HashSet<SessionId>,
+    /// Those of them that reached the transmission phase: the others were promised nothing yet.
+    negotiated: HashSet<SessionId>,
     listening: bool,
     command: Command,
     grace_armed: bool,
@@ -236,6 +254,7 @@ impl State {
             phase: Phase::Serving,
             cause: None,
             sessions: HashSet::new(),
+            negotiated: HashSet::new(),
             listening: true,
             command: if has_command { Command::Running } else { Command::None },
             grace_armed: false,
@@ -275,9 +294,12 @@ impl State {
             Message::SessionOpened(id) => {
                 self.sessions.insert(id);
             }
-            Message::SessionNegotiated(_) => {}
+            Message::SessionNegotiated(id) => {
+                self.negotiated.insert(id);
+            }
             Message::SessionClosed { id, failure } => {
                 self.sessions.remove(&id);
+                self.negotiated.remove(&id);
                 self.fail(failure);
             }
             Message::ListenerClosed => self.listening = false,
@@ -288,6 +310,11 @@ impl State {
                     self.fail(Some(format!("the drain timed out: {left} clients were cut off")));
                     self.close(&mut orders);
                 }
+            }
+            Message::Deadline(Deadline::Close) => {
+                // Their threads hang in a device that was not to make anybody wait; or the Listener waits for such a thread.
+                self.sessions.clear();
+                self.listening = false;
             }
             Message::Unloaded(failure) => {
                 self.unload = Unload::Done;
@@ -319,7 +346,7 @@ impl State {
                 self.end_command(SIGTERM, orders);
                 self.drain(orders);
             }
-            Cause::LastClientLeft | Cause::Requested => self.drain(orders),
+            Cause::LastClientLeft | Cause::ClientGone { .. } | Cause::Requested => self.drain(orders),
             Cause::Event(_) => self.refuse(orders),
         }
     }
@@ -387,6 +414,7 @@ impl State {
         if !self.closed {
             self.closed = true;
             orders.push(Order::CloseSessions);
+            orders.push(Order::Arm(Deadline::Close));
         }
     }
 
@@ -400,7 +428,7 @@ impl State {
     /// Goes as far forward as the facts allow.
     fn settle(&mut self, orders: &mut Vec<Order>) {
         let nobody_left = !self.listening && self.sessions.is_empty();
-        if self.phase == Phase::Refusing && nobody_left {
+        if self.phase == Phase::Refusing && !self.listening && self.negotiated.is_empty() {
             self.drain(orders);
         }
         if self.phase != Phase::Draining || !nobody_left {
@@ -547,7 +575,8 @@ pub(crate) struct Coordinator {
     outcome: Sender<Outcome>,
     grace_timer: Option<Timer>,
     drain_timer: Option<Timer>,
-    unloading: Option<Task<Option<String>>>,
+    close_timer: Option<Timer>,
+    unloading: Option<Pin<Box<dyn Future<Output = Option<String>> + Send>>>,
     ending_since: Option<Instant>,
     at_end: Option<Hook>,
 }
@@ -579,6 +608,7 @@ impl Coordinator {
             outcome,
             grace_timer: None,
             drain_timer: None,
+            close_timer: None,
             unloading: None,
             ending_since: None,
             at_end: None,
@@ -639,16 +669,18 @@ impl Coordinator {
         let heard = async { self.inbox.recv().await.ok() };
         let grace = timer(&mut self.grace_timer, Deadline::Grace);
         let drain = timer(&mut self.drain_timer, Deadline::Drain);
+        let close = timer(&mut self.close_timer, Deadline::Close);
         let unloaded = async {
             match &mut self.unloading {
                 Some(task) => Some(Message::Unloaded(task.await)),
                 None => pending().await,
             }
         };
-        let message = or(heard, or(or(grace, drain), unloaded)).await;
+        let message = or(heard, or(or(grace, or(drain, close)), unloaded)).await;
         match &message {
             Some(Message::Deadline(Deadline::Grace)) => self.grace_timer = None,
             Some(Message::Deadline(Deadline::Drain)) => self.drain_timer = None,
+            Some(Message::Deadline(Deadline::Close)) => self.close_timer = None,
             Some(Message::Unloaded(_)) => self.unloading = None,
             _ => {}
         }
@@ -674,9 +706,15 @@ impl Coordinator {
             }
             Order::Arm(Deadline::Grace) => self.grace_timer = Some(Timer::after(self.limits.grace)),
             Order::Arm(Deadline::Drain) => self.drain_timer = Some(Timer::after(self.limits.drain)),
+            Order::Arm(Deadline::Close) => self.close_timer = Some(Timer::after(CLOSE)),
+            Order::Unload if !self.exports.unloads() => self.unloading = Some(Box::pin(std::future::ready(None))),
             Order::Unload => {
                 let exports = Arc::clone(&self.exports);
-                self.unloading = Some(smol::unblock(move || exports.unload().err().map(|error| error.to_string())));
+                self.unloading = Some(Box::pin(smol::unblock(move || {
+                    // As a device's close that panics: a failure, and not the Coordinator's own panic.
+                    catch_unwind(AssertUnwindSafe(|| exports.unload().err().map(|error| error.to_string())))
+                        .unwrap_or_else(|_| Some("the device panicked while it was unloaded".to_owned()))
+                })));
             }
             Order::Finish(_) => {}
         }
@@ -754,7 +792,7 @@ mod tests {
         let signal = |at| Message::Signal { number: 15, at: Duration::from_millis(at) };
         assert!(state.on(signal(0)).contains(&Order::DrainSessions));
         assert_eq!(state.on(signal(249)), []);
-        assert_eq!(state.on(signal(250)), [Order::CloseSessions]);
+        assert_eq!(state.on(signal(250)), [Order::CloseSessions, Order::Arm(Deadline::Close)]);
         let closed = Message::SessionClosed { id: ONE, failure: None };
         let orders = play(&mut state, [Message::ListenerClosed, closed]);
         assert_eq!(finished(&orders).map(Outcome::exit_status), Some(1));
@@ -763,11 +801,19 @@ mod tests {
     #[test]
     fn an_event_refuses_new_clients_and_serves_the_present_ones() {
         let mut state = State::new(false);
-        play(&mut state, [Message::SessionOpened(ONE)]);
+        play(&mut state, [Message::SessionOpened(ONE), Message::SessionNegotiated(ONE)]);
         assert_eq!(state.on(Message::Cause(Cause::Event("the file is there".into()))), [Order::StopListening]);
         assert_eq!(state.on(Message::ListenerClosed), []);
         let orders = state.on(Message::SessionClosed { id: ONE, failure: None });
         assert!(orders.contains(&Order::DrainSessions) && orders.contains(&Order::Unload));
+    }
+
+    #[test]
+    fn a_client_that_has_not_negotiated_does_not_hold_up_the_end_after_an_event() {
+        let mut state = State::new(false);
+        let event = Message::Cause(Cause::Event("the file is there".into()));
+        let orders = play(&mut state, [Message::SessionOpened(ONE), event, Message::ListenerClosed]);
+        assert!(orders.contains(&Order::DrainSessions));
     }
 
     #[test]
@@ -794,6 +840,31 @@ mod tests {
         assert_eq!(finished(&orders).map(Outcome::exit_status), Some(4));
     }
 
+    /// F7
+    #[test]
+    fn a_session_whose_thread_hangs_is_given_up_when_it_was_told_to_stop() {
+        let mut state = State::new(false);
+        play(&mut state, [Message::SessionOpened(ONE), Message::Cause(Cause::Requested), Message::ListenerClosed]);
+        let orders = state.on(Message::Deadline(Deadline::Drain));
+        assert_eq!(orders, [Order::CloseSessions, Order::Arm(Deadline::Close)]);
+        let orders = state.on(Message::Deadline(Deadline::Close));
+        assert_eq!(finished(&orders).map(Outcome::exit_status), Some(1));
+    }
+
+    #[test]
+    fn a_server_of_one_client_ends_with_it_and_says_whether_it_was_served() {
+        for (served, want) in [(true, 0), (false, 1)] {
+            let mut state = State::new(false);
+            let opened = [Message::SessionOpened(ONE), Message::ListenerClosed];
+            assert_eq!(play(&mut state, opened), [], "nobody else will come, and that is no reason to end");
+            let closed = Message::SessionClosed { id: ONE, failure: None };
+            let gone = Message::Cause(Cause::ClientGone { served });
+            assert!(play(&mut state, [closed, gone]).contains(&Order::Unload));
+            let orders = state.on(Message::Unloaded(None));
+            assert_eq!(finished(&orders).map(Outcome::exit_status), Some(want));
+        }
+    }
+
     const TWO: SessionId = SessionId(2);
     const FAILED: &str = "no space left";
 
@@ -810,6 +881,8 @@ mod tests {
             cause(Cause::ParentEnded),
             cause(Cause::FrontEnded),
             cause(Cause::LastClientLeft),
+            cause(Cause::ClientGone { served: true }),
+            cause(Cause::ClientGone { served: false }),
             cause(Cause::Event("it happened".into())),
             cause(Cause::Requested),
             cause(Cause::Fatal("it broke".into())),
@@ -981,6 +1054,7 @@ mod tests {
             let want = match (&outcome.cause, outcome.command, &outcome.failure) {
                 (Cause::ParentEnded, _, None) => 0,
                 (_, Some(CommandEnd::Killed(signal)), _) => 128 + signal,
+                (Cause::ClientGone { served: false }, Some(CommandEnd::Exited(0)) | None, _) => 1,
                 (_, Some(CommandEnd::Exited(0)) | None, None) => 0,
                 (_, Some(CommandEnd::Exited(0)) | None, Some(_)) => 1,
                 (_, Some(CommandEnd::Exited(status)), _) => status,

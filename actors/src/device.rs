@@ -308,6 +308,11 @@ pub trait Exports: Send + Sync + 'static {
         ThreadModel::default()
     }
 
+    /// Whether [`Exports::unload`] does anything. With `false` it is not called, which spares a thread at the end.
+    fn unloads(&self) -> bool {
+        true
+    }
+
     /// The last call of all, after every device was closed. An error makes the server's exit status 1.
     fn unload(&self) -> Result<()> {
         Ok(())
@@ -326,6 +331,10 @@ impl<D: Device + 'static> Same<D> {
 }
 
 impl<D: Device + 'static> Exports for Same<D> {
+    fn unloads(&self) -> bool {
+        false
+    }
+
     fn open(&self, _client: &Client) -> Result<Box<dyn Device>> {
         Ok(Box::new(Arc::clone(&self.0)))
     }

@@ -7,7 +7,7 @@ pub const HOLE: u32 = 1;
 pub const ZERO: u32 = 2;
 
 /// The most extents that one answer holds; a longer map is cut there, which the specification allows.
-const MAX_EXTENTS: usize = 32 * 1024;
+pub(crate) const MAX_EXTENTS: usize = 32 * 1024;
 
 /// A stretch of the export that is all of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -60,5 +60,6 @@ mod worker;
 
 pub use coordinator::{Cause, CommandEnd, Handle, Outcome};
 pub use exit_policy::Event;
+pub use parent_watcher::watch_process;
 pub use server::{Running, Server};
 pub use session::SessionId;

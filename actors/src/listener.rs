@@ -3,12 +3,13 @@
 //! Tells the Coordinator of every client before its Session exists, so that none can be missed, and that it has closed, after
 //! which there are no more. Ends then.
 
+use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_io::Async;
 use nix::errno::Errno;
@@ -16,21 +17,40 @@ use nix::sys::socket::{SockFlag, accept4, setsockopt, sockopt};
 use smol::future::or;
 use smol::{Executor, Timer};
 
-use crate::coordinator::{Cause, Message};
+use crate::coordinator::{self, Cause, Message};
+use crate::log::Speaker;
 use crate::server::Hook;
-use crate::session::{self, SessionId, Surroundings};
+use crate::session::{self, SessionId, Surroundings, Visit};
 use crate::transport::{Socket, Transport};
 use crate::worker::{Worker, Workers};
 
-/// How long nothing is accepted after the system had no descriptor or memory for a client; also how often that is said.
+/// How long nothing is accepted at most after the system had no descriptor or memory for a client; also how often at most
+/// that is said.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// How many workers there are to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Threads {
+    Count(usize),
+    PerCore,
+}
+
+impl Threads {
+    /// Asks the system, which reads files for it: so not before there is a client.
+    fn count(self) -> usize {
+        match self {
+            Threads::Count(count) => count,
+            Threads::PerCore => std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+        }
+    }
+}
 
 /// Where sessions run.
 pub(crate) enum Place {
     /// On the executor that was given.
     Executor(Arc<Executor<'static>>),
     /// On threads of the server's own, that many, started with the first client.
-    Workers { count: usize, workers: Option<Workers> },
+    Workers { threads: Threads, spin: Duration, workers: Option<Workers> },
 }
 
 pub(crate) struct Listener {
@@ -45,9 +65,12 @@ impl Listener {
     /// Accepts until it is told to stop. Dropped before that, the sockets close.
     pub(crate) async fn run(mut self) {
         let coordinator = self.surroundings.coordinator.clone();
+        // In this order, and also if a hook panics: first why it ends, then that it has.
+        let closed = Closed(coordinator.clone());
         let guard = coordinator.guard("the Listener");
         let orders = self.surroundings.orders.clone();
         let mut next = 1;
+        let mut complaints = Complaints::default();
         loop {
             let stopped = async {
                 orders.stopping().await;
@@ -56,19 +79,21 @@ impl Listener {
             match or(stopped, async { Some(accept(&self.sockets).await) }).await {
                 None => break,
                 Some(Ok(socket)) => {
-                    self.serve(SessionId(next), socket).await;
+                    let id = SessionId(next);
                     next += 1;
+                    if let Err(error) = self.serve(id, socket).await {
+                        // Threads and their epolls are short as well.
+                        complaints.say(&self.surroundings.speaker, format_args!("cannot serve client {id}: {error}"));
+                        pause(&self.surroundings).await;
+                    }
                 }
                 Some(Err(error)) => {
-                    self.surroundings.speaker.error(format_args!("accept: {error}"));
+                    complaints.say(&self.surroundings.speaker, format_args!("accept: {error}"));
                     if !is_shortage(error) {
                         coordinator.shut_down(Cause::Fatal(format!("cannot accept clients: {error}")));
                         break;
                     }
-                    or(orders.stopping(), async {
-                        Timer::after(PAUSE).await;
-                    })
-                    .await;
+                    pause(&self.surroundings).await;
                 }
             }
         }
@@ -77,54 +102,98 @@ impl Listener {
         }
         // Closed before it is said, so that whoever connects after the end began is refused.
         drop(self);
-        coordinator.tell(Message::ListenerClosed);
         drop(guard);
+        drop(closed);
     }
 
-    async fn serve(&mut self, id: SessionId, socket: OwnedFd) {
+    /// Starts the session of a client. Errors: there is no thread for it, or the socket cannot be watched.
+    async fn serve(&mut self, id: SessionId, socket: OwnedFd) -> io::Result<()> {
         // Neither is worth losing a client for; a Unix socket has neither.
         let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
         if self.keepalive {
-            let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
+            keep_alive(&socket);
         }
         let surroundings = self.surroundings.clone();
-        let coordinator = surroundings.coordinator.clone();
-        coordinator.tell(Message::SessionOpened(id));
-        let placed = match &mut self.place {
+        let visit = Visit::begin(id, &surroundings);
+        match &mut self.place {
             Place::Executor(executor) => Socket::on_reactor(socket).map(|socket| {
                 // Detached: the Coordinator waits for its last word.
-                executor.spawn(session::run(id, Box::new(socket), surroundings)).detach();
+                executor.spawn(session::run(visit, Box::new(socket), surroundings)).detach();
             }),
-            Place::Workers { count, workers } => place_on_workers(*count, workers, id, socket, surroundings).await,
-        };
-        if let Err(error) = placed {
-            self.surroundings.speaker.error(format_args!("cannot serve client {id}: {error}"));
-            coordinator.tell(Message::SessionClosed { id, failure: None });
+            Place::Workers { threads, spin, workers } => {
+                let start = || Workers::start(threads.count(), *spin);
+                place_on_workers(start, workers, visit, socket, surroundings).await
+            }
         }
     }
 }
 
+/// Has the system notice a client that vanished after a minute of silence and five probes, ten seconds apart; by itself it
+/// would look after two hours. Where one of these cannot be set, the system's own value stands.
+fn keep_alive(socket: &OwnedFd) {
+    let _ = setsockopt(socket, sockopt::KeepAlive, &true);
+    #[cfg(any(target_os = "linux", target_os = "android", target_os = "freebsd"))]
+    {
+        let _ = setsockopt(socket, sockopt::TcpKeepIdle, &60);
+        let _ = setsockopt(socket, sockopt::TcpKeepInterval, &10);
+        let _ = setsockopt(socket, sockopt::TcpKeepCount, &5);
+    }
+}
+
+/// Waits until a client has left or a while has passed, or until the end.
+async fn pause(surroundings: &Surroundings) {
+    let room = surroundings.room.listen();
+    let passed = async {
+        Timer::after(PAUSE).await;
+    };
+    or(surroundings.orders.stopping(), or(room, passed)).await;
+}
+
+/// Says that something is short, but not for every client: clients that try again would fill the log.
+#[derive(Default)]
+struct Complaints {
+    last: Option<Instant>,
+}
+
+impl Complaints {
+    fn say(&mut self, speaker: &Speaker, line: fmt::Arguments<'_>) {
+        if self.last.is_none_or(|last| last.elapsed() >= PAUSE) {
+            self.last = Some(Instant::now());
+            speaker.error(line);
+        }
+    }
+}
+
+/// Says that the Listener is closed, also when it panicked: the end waits for it.
+struct Closed(coordinator::Handle);
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.0.tell(Message::ListenerClosed);
+    }
+}
+
 async fn place_on_workers(
-    count: usize,
+    start: impl FnOnce() -> io::Result<Workers>,
     workers: &mut Option<Workers>,
-    id: SessionId,
+    visit: Visit,
     socket: OwnedFd,
     mut surroundings: Surroundings,
 ) -> io::Result<()> {
     let workers = match workers {
         Some(workers) => workers,
-        None => workers.insert(Workers::start(count)?),
+        None => workers.insert(start()?),
     };
     let job = Box::new(move |worker: &Worker| {
         surroundings.buffers = worker.buffers();
         match worker.register(socket) {
             Ok(registration) => {
                 let transport: Box<dyn Transport> = Box::new(Socket::on_worker(registration));
-                worker.spawn(session::run(id, transport, surroundings));
+                worker.spawn(session::run(visit, transport, surroundings));
             }
             Err(error) => {
-                surroundings.speaker.error(format_args!("cannot serve client {id}: {error}"));
-                surroundings.coordinator.tell(Message::SessionClosed { id, failure: None });
+                surroundings.speaker.error(format_args!("cannot serve client {}: {error}", visit.id()));
+                drop(visit);
                 worker.spawn(async {});
             }
         }

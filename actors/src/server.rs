@@ -12,26 +12,29 @@ use smol::{Executor, Task};
 use crate::backend::Gates;
 use crate::buffers::Buffers;
 use crate::child_supervisor::{self, Captor};
-use crate::coordinator::{Cause, Coordinator, Handle, Limits, Outcome};
+use crate::coordinator::{Cause, Coordinator, Handle, Limits, Message, Outcome};
 use crate::device::Exports;
 use crate::exit_policy::{self, Event};
-use crate::listener::{Listener, Place};
+use crate::listener::{Listener, Place, Threads};
 use crate::log::{Log, Silent, Speaker};
-use crate::parent_watcher;
-use crate::session::{Rules, Surroundings};
+use crate::parent_watcher::{self, Parent};
+use crate::session::{self, Rules, SessionId, Surroundings, Visit};
+use crate::transport::Transport;
 
 /// A server that is not running yet.
 pub struct Server {
     exports: Arc<dyn Exports>,
     sockets: Vec<OwnedFd>,
+    only: Option<Box<dyn Transport>>,
     rules: Rules,
     limits: Limits,
     log: Arc<dyn Log>,
-    workers: usize,
+    workers: Option<Threads>,
+    spin: Duration,
     keepalive: bool,
     exit_last: bool,
     events: Vec<Event>,
-    parent: Option<OwnedFd>,
+    parent: Option<Parent>,
     captor: Option<Captor>,
     before_refusing: Option<Hook>,
     at_end: Option<Hook>,
@@ -46,6 +49,7 @@ impl Server {
         Server {
             exports,
             sockets: Vec::new(),
+            only: None,
             rules: Rules {
                 read_only: false,
                 structured_replies: true,
@@ -56,7 +60,8 @@ impl Server {
             },
             limits: Limits { grace: Duration::from_secs(5), drain: Duration::from_secs(30) },
             log: Arc::new(Silent),
-            workers: 0,
+            workers: None,
+            spin: Duration::ZERO,
             keepalive: false,
             exit_last: false,
             events: Vec::new(),
@@ -70,6 +75,12 @@ impl Server {
     /// Accepts clients from `socket`, a listening stream socket of any family. May be called several times.
     pub fn listen(mut self, socket: impl Into<OwnedFd>) -> Server {
         self.sockets.push(socket.into());
+        self
+    }
+
+    /// Serves this one client instead of listening, and ends when it has left: with [`Cause::ClientGone`].
+    pub fn serve_one(mut self, transport: impl Transport + 'static) -> Server {
+        self.only = Some(Box::new(transport));
         self
     }
 
@@ -113,7 +124,21 @@ impl Server {
     /// about half the system calls of a session on a plain executor. With 0, the default, sessions run on the executor that
     /// is given to [`Server::start`].
     pub fn workers(mut self, count: usize) -> Server {
-        self.workers = count;
+        self.workers = (count > 0).then_some(Threads::Count(count));
+        self
+    }
+
+    /// As [`Server::workers`], with as many threads as this process has cores when the first client comes.
+    pub fn workers_per_core(mut self) -> Server {
+        self.workers = Some(Threads::PerCore);
+        self
+    }
+
+    /// Lets a worker that has nothing to do look for requests this long before it sleeps. With 50 microseconds a client that
+    /// waits for each reply is served about twice as fast, from another core, for one core's time while it is active.
+    /// Nothing by default; without workers it means nothing.
+    pub fn spin(mut self, limit: Duration) -> Server {
+        self.spin = limit;
         self
     }
 
@@ -136,9 +161,16 @@ impl Server {
         self
     }
 
-    /// Ends when the process behind `pidfd` has.
-    pub fn parent(mut self, pidfd: OwnedFd) -> Server {
-        self.parent = Some(pidfd);
+    /// Ends when the process behind `ended` has: see [`crate::watch_process`].
+    pub fn parent(mut self, ended: OwnedFd) -> Server {
+        self.parent = Some(Parent::Watched(ended));
+        self
+    }
+
+    /// Ends soon after `has_ended` says so, which is asked again and again: for systems where a process cannot be watched.
+    /// It must not block.
+    pub fn parent_polled(mut self, has_ended: impl FnMut() -> bool + Send + 'static) -> Server {
+        self.parent = Some(Parent::Polled(Box::new(has_ended)));
         self
     }
 
@@ -199,8 +231,8 @@ impl Server {
             tasks.push(executor.spawn(actor));
             handle
         });
-        if let Some(pidfd) = self.parent {
-            tasks.push(executor.spawn(parent_watcher::run(pidfd, ends.handle.clone())));
+        if let Some(parent) = self.parent {
+            tasks.push(executor.spawn(parent_watcher::run(parent, ends.handle.clone())));
         }
         coordinator.introduce(command, policy, self.at_end);
         let surroundings = Surroundings {
@@ -211,10 +243,20 @@ impl Server {
             orders: ends.orders,
             buffers: Buffers::default(),
             speaker,
+            room: Arc::default(),
         };
+        if let Some(transport) = self.only {
+            let id = SessionId(1);
+            let visit = Visit::begin(id, &surroundings);
+            // Nobody else will come.
+            ends.handle.tell(Message::ListenerClosed);
+            tasks.push(executor.spawn(session::run_only(visit, transport, surroundings)));
+            tasks.push(executor.spawn(coordinator.run()));
+            return Ok(Running { handle: ends.handle, outcome: ends.outcome, _tasks: tasks });
+        }
         let place = match self.workers {
-            0 => Place::Executor(Arc::clone(executor)),
-            count => Place::Workers { count, workers: None },
+            None => Place::Executor(Arc::clone(executor)),
+            Some(threads) => Place::Workers { threads, spin: self.spin, workers: None },
         };
         let listener =
             Listener { sockets, place, surroundings, keepalive: self.keepalive, before_refusing: self.before_refusing };

@@ -4,11 +4,12 @@
 //! (`worker.rs`) is decided when it is made and seen nowhere else.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
 
 use async_io::Async;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send, sendmsg};
 
 use crate::worker::Registration;
@@ -120,4 +121,166 @@ impl Transport for Socket {
         // The client may have gone already, and then there is nobody to tell.
         let _ = nix::sys::socket::shutdown(self.fd(), nix::sys::socket::Shutdown::Write);
     }
+}
+
+/// Two descriptors that somebody else made, one to receive from and one to send to: pipes, terminals, files, sockets.
+///
+/// Their mode is left alone, because whoever else holds them shares it: each attempt says by itself that it does not want to
+/// wait. A reader that has gone raises SIGPIPE, which the program must block or ignore.
+pub struct Descriptors {
+    input: Descriptor,
+    /// Closed to say that nothing more will be sent.
+    output: Option<Descriptor>,
+}
+
+/// One of the two.
+struct Descriptor {
+    kind: Kind,
+    readiness: Waits,
+}
+
+/// How not to wait at it.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Socket,
+    /// Each call says so.
+    Pipe,
+    /// What is ready takes or gives something; no more is tried than that.
+    Other,
+}
+
+enum Waits {
+    Reactor(Async<OwnedFd>),
+    /// A file or device that never makes anybody wait for long, and that cannot be watched.
+    Never(OwnedFd),
+}
+
+/// As much as a pipe or terminal that says that it has room does take at once.
+const AT_ONCE: usize = 4096;
+
+impl Descriptor {
+    fn new(fd: OwnedFd) -> io::Result<Descriptor> {
+        let kind = match nix::sys::stat::fstat(&fd)?.st_mode & nix::libc::S_IFMT {
+            nix::libc::S_IFSOCK => Kind::Socket,
+            nix::libc::S_IFIFO => Kind::Pipe,
+            _ => Kind::Other,
+        };
+        // Registering takes the descriptor, also where it fails.
+        let spare = fd.try_clone()?;
+        let readiness = match Async::new_nonblocking(fd) {
+            Ok(source) => Waits::Reactor(source),
+            // epoll says so of files and of devices like /dev/null.
+            Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => Waits::Never(spare),
+            Err(error) => return Err(error),
+        };
+        Ok(Descriptor { kind, readiness })
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match &self.readiness {
+            Waits::Reactor(source) => source.as_fd(),
+            Waits::Never(fd) => fd.as_fd(),
+        }
+    }
+
+    /// Tries `attempt` until it does not say "not now".
+    fn poll(
+        &mut self,
+        mut attempt: impl FnMut(BorrowedFd<'_>, Kind) -> Result<usize, Errno>,
+        mut ready: impl FnMut(&Async<OwnedFd>) -> Poll<io::Result<()>>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match attempt(self.fd(), self.kind) {
+                Ok(count) => return Poll::Ready(Ok(count)),
+                Err(Errno::EINTR) => {}
+                // Old kernels cannot be asked not to wait at a pipe.
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) if self.kind == Kind::Pipe => self.kind = Kind::Other,
+                Err(Errno::EAGAIN) => match &self.readiness {
+                    Waits::Reactor(source) => match ready(source) {
+                        Poll::Ready(Ok(())) => {}
+                        Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                        Poll::Pending => return Poll::Pending,
+                    },
+                    Waits::Never(_) => return Poll::Ready(Err(Errno::EAGAIN.into())),
+                },
+                Err(error) => return Poll::Ready(Err(error.into())),
+            }
+        }
+    }
+}
+
+impl Descriptors {
+    /// Errors: one cannot be looked at or watched.
+    pub fn on_reactor(input: OwnedFd, output: OwnedFd) -> io::Result<Descriptors> {
+        Ok(Descriptors { input: Descriptor::new(input)?, output: Some(Descriptor::new(output)?) })
+    }
+}
+
+impl Transport for Descriptors {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        let can_wait = matches!(self.input.readiness, Waits::Reactor(_));
+        self.input.poll(
+            |fd, kind| match kind {
+                Kind::Socket => recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT),
+                #[cfg(any(target_os = "linux", target_os = "android"))]
+                Kind::Pipe => without_waiting(rustix::io::preadv2(
+                    fd,
+                    &mut [io::IoSliceMut::new(buffer)],
+                    u64::MAX,
+                    rustix::io::ReadWriteFlags::NOWAIT,
+                )),
+                _ => at_once(fd, PollFlags::POLLIN, can_wait).and_then(|()| nix::unistd::read(fd, buffer)),
+            },
+            |source| source.poll_readable(cx),
+        )
+    }
+
+    fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let Some(output) = &mut self.output else { return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())) };
+        let can_wait = matches!(output.readiness, Waits::Reactor(_));
+        output.poll(
+            |fd, kind| match kind {
+                Kind::Socket => {
+                    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+                    // Who is gone from one end of a socket is gone from the other: that is no broken pipe.
+                    sendmsg::<()>(fd.as_raw_fd(), slices, &[], flags, None).map_err(|error| match error {
+                        Errno::EPIPE => Errno::ECONNRESET,
+                        error => error,
+                    })
+                }
+                #[cfg(any(target_os = "linux", target_os = "android"))]
+                Kind::Pipe => {
+                    without_waiting(rustix::io::pwritev2(fd, slices, u64::MAX, rustix::io::ReadWriteFlags::NOWAIT))
+                }
+                _ => {
+                    let first = slices.iter().find(|slice| !slice.is_empty()).map_or(&[][..], |slice| slice);
+                    let first = &first[..first.len().min(AT_ONCE)];
+                    at_once(fd, PollFlags::POLLOUT, can_wait).and_then(|()| nix::unistd::write(fd, first))
+                }
+            },
+            |source| source.poll_writable(cx),
+        )
+    }
+
+    fn finish(&mut self) {
+        if let Some(output) = self.output.take()
+            && output.kind == Kind::Socket
+        {
+            // Others may hold it too. The client may have gone already, and then there is nobody to tell.
+            let _ = nix::sys::socket::shutdown(output.fd().as_raw_fd(), nix::sys::socket::Shutdown::Write);
+        }
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn without_waiting(result: rustix::io::Result<usize>) -> Result<usize, Errno> {
+    result.map_err(|error| Errno::from_raw(error.raw_os_error()))
+}
+
+/// Whether the next call would not wait; `EAGAIN` if it would.
+fn at_once(fd: BorrowedFd<'_>, what: PollFlags, can_wait: bool) -> Result<(), Errno> {
+    if can_wait && poll(&mut [PollFd::new(fd, what)], PollTimeout::ZERO)? == 0 {
+        return Err(Errno::EAGAIN);
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@
 //! calls for a request that comes alone, where three do (receive, send, wait). A worker is that shortcut and nothing else:
 //! sessions are the same futures on it as on any executor. Without workers the engine needs no thread of its own.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Wake, Waker};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use async_channel::{Receiver, Sender};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -39,7 +40,8 @@ pub(crate) struct Workers {
 
 impl Workers {
     /// Starts `count` threads. Errors: no thread, epoll or eventfd to be had; those that were started end again.
-    pub(crate) fn start(count: usize) -> io::Result<Workers> {
+    /// With `spin`, a thread looks for events that long before it sleeps.
+    pub(crate) fn start(count: usize, spin: Duration) -> io::Result<Workers> {
         let mut workers = Vec::with_capacity(count);
         for number in 0..count {
             let prepared = Prepared::new()?;
@@ -49,7 +51,7 @@ impl Workers {
             // Detached: it ends when `jobs` is closed and the last session has ended. The Coordinator waits for sessions.
             thread::Builder::new()
                 .name(format!("nbd-worker-{number}"))
-                .spawn(move || Worker::new(prepared).run(inbox))?;
+                .spawn(move || Worker::new(prepared, spin).run(inbox))?;
             workers.push((jobs, load));
         }
         Ok(Workers { workers })
@@ -95,6 +97,7 @@ pub(crate) struct Worker {
     executor: LocalExecutor<'static>,
     load: Arc<AtomicUsize>,
     buffers: Buffers,
+    spinning: Spinning,
     /// Every session holds a clone; `ended` is closed when the last is gone. The thread's own is taken when no more come.
     alive: RefCell<Option<Sender<Infallible>>>,
     ended: Receiver<Infallible>,
@@ -113,7 +116,7 @@ struct Sources {
 }
 
 impl Worker {
-    fn new(prepared: Prepared) -> Worker {
+    fn new(prepared: Prepared, spin: Duration) -> Worker {
         let Prepared { poller, waker, load } = prepared;
         let (alive, ended) = async_channel::bounded(1);
         Worker {
@@ -122,6 +125,7 @@ impl Worker {
             load,
             executor: LocalExecutor::new(),
             buffers: Buffers::default(),
+            spinning: Spinning::new(spin),
             alive: RefCell::new(Some(alive)),
             ended,
         }
@@ -187,6 +191,9 @@ impl Worker {
             if main.as_mut().poll(&mut cx).is_ready() {
                 return;
             }
+            if self.spin(&mut events) {
+                continue;
+            }
             // Asleep only if nobody has woken us since the poll began.
             let asleep = self.waker.state.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok();
             let timeout = if asleep { EpollTimeout::NONE } else { EpollTimeout::ZERO };
@@ -194,9 +201,32 @@ impl Worker {
         }
     }
 
-    fn dispatch(&self, timeout: EpollTimeout, events: &mut [EpollEvent]) {
+    /// Looks for events for a while. Whether there are any.
+    fn spin(&self, events: &mut [EpollEvent]) -> bool {
+        if !self.spinning.is_worth_it() {
+            return false;
+        }
+        let until = Instant::now() + self.spinning.limit;
+        loop {
+            let happened = self.dispatch(EpollTimeout::ZERO, events);
+            if happened || self.waker.state.load(Ordering::SeqCst) == NOTIFIED {
+                self.spinning.paid_off();
+                return true;
+            }
+            if Instant::now() >= until {
+                self.spinning.was_in_vain();
+                return false;
+            }
+        }
+    }
+
+    /// Waits for events and wakes whom they concern. Whether there were any.
+    fn dispatch(&self, timeout: EpollTimeout, events: &mut [EpollEvent]) -> bool {
         // The only error a wait can meet here is an interruption, after which there are no events.
         let count = self.poller.epoll.wait(events, timeout).unwrap_or(0);
+        // Awake again, before tasks are woken: a thread need not write to itself. Whoever woke us meanwhile has got what it
+        // wanted, for everything is polled after this.
+        self.waker.state.store(AWAKE, Ordering::SeqCst);
         for event in &events[..count] {
             if event.data() == WAKE {
                 let _ = self.waker.event.read();
@@ -207,6 +237,38 @@ impl Worker {
                 source.happened(event.events());
             }
         }
+        count > 0
+    }
+}
+
+/// Whether to look for events instead of sleeping. It saves the wake-up, which is most of a lone request's time, where the
+/// client answers soon and from another core. Where it does not, each attempt in vain doubles the number of sleeps before the
+/// next one, so that what it costs stays below a thousandth.
+struct Spinning {
+    limit: Duration,
+    in_vain: Cell<u32>,
+    sleeps_left: Cell<u32>,
+}
+
+impl Spinning {
+    fn new(limit: Duration) -> Spinning {
+        Spinning { limit, in_vain: Cell::new(0), sleeps_left: Cell::new(0) }
+    }
+
+    fn is_worth_it(&self) -> bool {
+        let left = self.sleeps_left.get();
+        self.sleeps_left.set(left.saturating_sub(1));
+        left == 0 && !self.limit.is_zero()
+    }
+
+    fn paid_off(&self) {
+        self.in_vain.set(0);
+    }
+
+    fn was_in_vain(&self) {
+        let in_vain = (self.in_vain.get() + 1).min(10);
+        self.in_vain.set(in_vain);
+        self.sleeps_left.set(1 << in_vain);
     }
 }
 

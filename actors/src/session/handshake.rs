@@ -1,14 +1,19 @@
 //! The handshake of one client: from the greeting until an export is chosen.
 //! Source: NBD doc/proto.md "Newstyle negotiation"; nbdkit server/protocol-handshake-newstyle.c.
 
+use std::future::pending;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
+use smol::Timer;
+use smol::future::or;
 use smol::lock::MutexGuardArc;
 
 use super::{End, Input, Opened, Surroundings, receive, send_all};
-use crate::backend::open;
-use crate::device::Client;
+use crate::backend::{calmly, open};
+use crate::coordinator::Orders;
+use crate::device::{Client, Exports, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
@@ -45,6 +50,10 @@ struct Handshake<'a> {
     /// The export for which `base:allocation` was selected.
     base_allocation: Option<Vec<u8>>,
     options_left: usize,
+    /// When the client has had its time.
+    deadline: Option<Instant>,
+    /// Where the first device that could not be closed is noted.
+    failure: &'a mut Option<String>,
 }
 
 /// What became of an option.
@@ -53,11 +62,13 @@ enum Next {
     Chosen(Box<Agreed>),
 }
 
-/// Negotiates. Dropped at any point, the client sees its connection close.
+/// Negotiates, until the server is told to drain or the client has taken too long. Whatever device was opened is then
+/// closed, unless it is in what is returned; dropped before, it is not. `failure` is set if that fails.
 pub(super) async fn run(
     transport: &mut dyn Transport,
     surroundings: &Surroundings,
     speaker: &Speaker,
+    failure: &mut Option<String>,
 ) -> Result<Agreed, End> {
     let handshake = Handshake {
         transport,
@@ -68,6 +79,8 @@ pub(super) async fn run(
         structured: false,
         base_allocation: None,
         options_left: MAX_OPTIONS,
+        deadline: surroundings.rules.handshake_timeout.and_then(|limit| Instant::now().checked_add(limit)),
+        failure,
     };
     // Boxed: it is large, and gone as soon as an export is chosen.
     Box::pin(handshake.negotiate()).await
@@ -156,15 +169,32 @@ impl Handshake<'_> {
 
     async fn export_name(&mut self, name: Vec<u8>, no_zeroes: bool) -> Result<Next, End> {
         // The specification has no reply for a refused export here; the connection just ends.
-        let (agreed, flags) = self.open(name).await.map_err(End::Broken)?;
+        let (agreed, flags) = self.open(name).await?.map_err(End::Broken)?;
         self.output.extend_from_slice(&export_name_reply(agreed.agreement.size, flags, no_zeroes));
-        self.flush().await?;
-        Ok(Next::Chosen(Box::new(agreed)))
+        self.choose(agreed).await
+    }
+
+    /// Enters transmission, if the client still takes the word for it.
+    async fn choose(&mut self, agreed: Agreed) -> Result<Next, End> {
+        match self.flush().await {
+            Ok(()) => Ok(Next::Chosen(Box::new(agreed))),
+            Err(end) => {
+                self.close(agreed).await;
+                Err(end)
+            }
+        }
+    }
+
+    async fn close(&mut self, agreed: Agreed) {
+        if let Err(error) = agreed.opened.close().await {
+            self.speaker.error(format_args!("closing the device: {error}"));
+            self.failure.get_or_insert_with(|| error.to_string());
+        }
     }
 
     async fn export(&mut self, option: u32, query: ExportQuery) -> Result<Next, End> {
         let client = self.client(query.name.clone());
-        let (agreed, flags) = match self.open(query.name).await {
+        let (agreed, flags) = match self.open(query.name).await? {
             Ok(opened) => opened,
             Err(why) => {
                 self.refuse(option, NBD_REP_ERR_UNKNOWN, &why);
@@ -177,7 +207,7 @@ impl Handshake<'_> {
             match info {
                 NBD_INFO_NAME => {
                     let name = if client.export_name.is_empty() {
-                        self.ask(client.clone(), |exports, client| exports.default_export(client).ok().flatten()).await
+                        self.ask(client.clone(), |exports, client| exports.default_export(client)).await.ok().flatten()
                     } else {
                         Some(client.export_name.clone())
                     };
@@ -186,8 +216,8 @@ impl Handshake<'_> {
                     }
                 }
                 NBD_INFO_DESCRIPTION => {
-                    let text = self.ask(client.clone(), |exports, client| exports.description(client)).await;
-                    if let Some(text) = text {
+                    let text = self.ask(client.clone(), |exports, client| Ok(exports.description(client))).await;
+                    if let Ok(Some(text)) = text {
                         let parts: [&[u8]; 2] = [&NBD_INFO_DESCRIPTION.to_be_bytes(), cut(text.as_bytes())];
                         self.reply(option, NBD_REP_INFO, &parts);
                     }
@@ -203,48 +233,48 @@ impl Handshake<'_> {
         }
         self.reply(option, NBD_REP_ACK, &[]);
         if option == NBD_OPT_INFO {
-            if let Err(error) = agreed.opened.close().await {
-                self.speaker.error(format_args!("closing the device: {error}"));
-            }
+            self.close(agreed).await;
             return Ok(Next::Another);
         }
-        self.flush().await?;
-        Ok(Next::Chosen(Box::new(agreed)))
+        self.choose(agreed).await
     }
 
     fn client(&self, export_name: Vec<u8>) -> Client {
         Client { export_name, read_only: self.surroundings.rules.read_only, is_tls: false }
     }
 
-    /// Opens the export `name` and says what was agreed about it; or why it is not to be had.
-    async fn open(&mut self, name: Vec<u8>) -> Result<(Agreed, u16), String> {
+    /// Opens the export `name` and says what was agreed about it; or why it is not to be had. An open that has begun is
+    /// waited for, although the server is ending: it cannot be taken back, and the exports are unloaded only after it.
+    async fn open(&mut self, name: Vec<u8>) -> Result<Result<(Agreed, u16), String>, End> {
         let shown = String::from_utf8_lossy(&name);
         self.speaker.debug(format_args!("newstyle negotiation: client requested export '{shown}'"));
         let gates = &self.surroundings.gates;
-        let turn = gates.enter().await;
+        let turn = in_time(&self.surroundings.orders, self.deadline, async { Ok(gates.enter().await) }).await?;
         let base_allocation = self.base_allocation.as_ref() == Some(&name);
-        let opened = match open(Arc::clone(&self.surroundings.exports), self.client(name)).await {
+        let exports = Arc::clone(&self.surroundings.exports);
+        let opened = match open(exports, self.client(name), self.surroundings.coordinator.clone()).await {
             Ok(opened) => opened,
             Err(error) => {
                 self.speaker.error(format_args!("{error}"));
-                return Err(error.to_string());
+                return Ok(Err(error.to_string()));
             }
         };
         let agreement =
             Agreement { size: opened.size, offered: opened.offered, structured: self.structured, base_allocation };
         let flags = agreement.flags(gates.multi_conn());
         self.speaker.debug(format_args!("newstyle negotiation: flags: export 0x{flags:x}"));
-        Ok((Agreed { opened, agreement, left_over: Input::default(), turn }, flags))
+        Ok(Ok((Agreed { opened, agreement, left_over: Input::default(), turn }, flags)))
     }
 
     /// Asks the exports something on a thread that may wait.
     async fn ask<T: Send + 'static>(
         &mut self,
         client: Client,
-        question: impl FnOnce(&dyn crate::device::Exports, &Client) -> T + Send + 'static,
-    ) -> T {
+        question: impl FnOnce(&dyn Exports, &Client) -> DeviceResult<T> + Send + 'static,
+    ) -> DeviceResult<T> {
         let exports = Arc::clone(&self.surroundings.exports);
-        smol::unblock(move || question(&*exports, &client)).await
+        let coordinator = self.surroundings.coordinator.clone();
+        smol::unblock(move || calmly(&coordinator, || question(&*exports, &client))).await
     }
 
     async fn list(&mut self) {
@@ -305,9 +335,10 @@ impl Handshake<'_> {
     }
 
     async fn flush(&mut self) -> Result<(), End> {
-        let sent = send_all(self.transport, &self.output).await;
+        let sending = send_all(self.transport, &self.output);
+        let sent = in_time(&self.surroundings.orders, self.deadline, sending).await;
         self.output.clear();
-        sent.map_err(End::Lost)
+        sent
     }
 
     /// Receives more; what was said before goes out first, since the client may be waiting for it.
@@ -326,14 +357,14 @@ impl Handshake<'_> {
                 input.buffer.resize(input.end + INPUT, 0);
             }
         }
-        match receive(self.transport, &mut input.buffer[input.end..]).await {
-            Ok(0) if input.start == input.end => Err(End::Disconnected),
-            Ok(0) => Err(End::Lost(io::ErrorKind::UnexpectedEof.into())),
-            Ok(count) => {
+        let receiving = receive(self.transport, &mut input.buffer[input.end..]);
+        match in_time(&self.surroundings.orders, self.deadline, receiving).await? {
+            0 if input.start == input.end => Err(End::Disconnected),
+            0 => Err(End::Lost(io::ErrorKind::UnexpectedEof.into())),
+            count => {
                 input.end += count;
                 Ok(())
             }
-            Err(error) => Err(End::Lost(error)),
         }
     }
 
@@ -370,6 +401,28 @@ impl Handshake<'_> {
             self.more().await.map_err(inside)?;
         }
     }
+}
+
+/// Waits for the client, or for its turn, as long as there is time: a client that has not negotiated was promised nothing
+/// yet, and is closed when the server is told to drain. What waits is dropped then, so it must be safe to drop. Only here is
+/// a handshake cut short: where it waits for the device, the device decides how long.
+async fn in_time<T>(
+    orders: &Orders,
+    deadline: Option<Instant>,
+    waiting: impl Future<Output = io::Result<T>>,
+) -> Result<T, End> {
+    let drained = async {
+        orders.draining().await;
+        Err(End::Drained)
+    };
+    let late = async {
+        match deadline {
+            Some(deadline) => drop(Timer::at(deadline).await),
+            None => pending().await,
+        }
+        Err(End::TooSlow)
+    };
+    or(drained, or(async { waiting.await.map_err(End::Lost) }, late)).await
 }
 
 /// An end inside an option is no orderly one.

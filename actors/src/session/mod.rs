@@ -8,12 +8,17 @@ mod transmission;
 
 use std::fmt;
 use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
-use smol::future::{or, zip};
+use async_channel::Receiver;
 
-use crate::backend::{self, Backend, Gates};
+use event_listener::Event;
+use smol::future::or;
+
+use crate::backend::{self, Backend, Gates, Replies};
 use crate::buffers::Buffers;
 use crate::coordinator::{self, Cause, Message, Orders};
 use crate::device::Exports;
@@ -56,6 +61,8 @@ pub(crate) struct Surroundings {
     pub orders: Orders,
     pub buffers: Buffers,
     pub speaker: Speaker,
+    /// Notified when a session has let go of everything: there is room for another.
+    pub room: Arc<Event>,
 }
 
 /// Why a session ended. Only the log wants to know.
@@ -71,6 +78,8 @@ pub(crate) enum End {
     Drained,
     /// The client took longer to negotiate than it may.
     TooSlow,
+    /// The server is ending, and the client did not take its replies.
+    Stalled,
 }
 
 impl fmt::Display for End {
@@ -81,44 +90,86 @@ impl fmt::Display for End {
             End::Broken(why) => write!(f, "connection closed: {why}"),
             End::Drained => f.write_str("connection closed: the server is ending"),
             End::TooSlow => f.write_str("connection closed: the handshake took longer than --timeout allows"),
+            End::Stalled => f.write_str("connection closed: the server is ending and the client took no replies"),
         }
     }
 }
 
-/// Says to the Coordinator that the session is over, also when it panicked.
-struct Farewell {
+/// Says to the Coordinator that a client has come, and, dropped, that it is gone: also when its session panicked, or never
+/// began because its thread was gone. So each is told once, whatever happens, and an end never waits for nobody.
+pub(crate) struct Visit {
     id: SessionId,
     coordinator: coordinator::Handle,
+    room: Arc<Event>,
     failure: Option<String>,
     negotiated: bool,
-    orderly: bool,
+    /// It negotiated, and got all that it was sent.
+    served: bool,
+    /// The server ends with it.
+    is_only: bool,
 }
 
-impl Drop for Farewell {
+impl Visit {
+    pub(crate) fn begin(id: SessionId, surroundings: &Surroundings) -> Visit {
+        let (coordinator, room) = (surroundings.coordinator.clone(), Arc::clone(&surroundings.room));
+        coordinator.tell(Message::SessionOpened(id));
+        Visit { id, coordinator, room, failure: None, negotiated: false, served: false, is_only: false }
+    }
+
+    pub(crate) fn id(&self) -> SessionId {
+        self.id
+    }
+}
+
+impl Drop for Visit {
     fn drop(&mut self) {
-        if !self.orderly && std::thread::panicking() {
+        if std::thread::panicking() {
             self.coordinator.tell(Message::Cause(Cause::Fatal(format!("the session of client {} panicked", self.id))));
         }
         self.coordinator.tell(Message::SessionClosed { id: self.id, failure: self.failure.take() });
+        if self.is_only {
+            self.coordinator.shut_down(Cause::ClientGone { served: self.served });
+        }
+        self.room.notify(1);
     }
 }
 
-/// Serves one client from the greeting to the end. The Coordinator has been told of `id` already. Dropped before its end,
-/// the connection closes and requests that were on a thread finish unanswered.
-pub(crate) async fn run(id: SessionId, mut transport: Box<dyn Transport>, surroundings: Surroundings) {
-    let speaker = surroundings.speaker.of(id);
+/// Serves one client from the greeting to the end. Dropped before its end, the connection closes and requests that were on
+/// a thread finish unanswered.
+pub(crate) async fn run(mut visit: Visit, mut transport: Box<dyn Transport>, surroundings: Surroundings) {
+    let speaker = surroundings.speaker.of(visit.id);
     speaker.debug(format_args!("accepted connection"));
-    let coordinator = surroundings.coordinator.clone();
-    let mut farewell = Farewell { id, coordinator, failure: None, negotiated: false, orderly: false };
-    let end = serve(id, &mut *transport, &surroundings, &speaker, &mut farewell).await;
+    let end = serve(&mut *transport, &surroundings, &speaker, &mut visit).await;
     match &end {
+        // Nobody else can tell whoever started a server for one client.
+        End::Lost(_) | End::Disconnected if visit.is_only && !visit.negotiated => {
+            speaker.error(format_args!("the client left before it had negotiated a session"));
+        }
         // A probe: somebody looked whether there is a server, and left.
-        End::Lost(error) if !farewell.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
-        End::Lost(_) | End::Broken(_) | End::TooSlow => speaker.error(format_args!("{end}")),
+        End::Lost(error) if !visit.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
+        End::Lost(_) | End::Broken(_) | End::TooSlow | End::Stalled => speaker.error(format_args!("{end}")),
         End::Disconnected | End::Drained => speaker.debug(format_args!("{end}")),
     }
+    // Before the Coordinator hears of it: whoever sees the server gone sees the connection closed.
     drop(transport);
-    farewell.orderly = true;
+    let is_no_fault = match &end {
+        End::Disconnected | End::Drained => true,
+        // A client that went, however it did, is no fault; one that is there and takes no replies is.
+        End::Lost(error) => error.kind() != std::io::ErrorKind::BrokenPipe && is_departure(error),
+        End::Broken(_) | End::TooSlow | End::Stalled => false,
+    };
+    visit.served = visit.negotiated && is_no_fault;
+    drop(visit);
+}
+
+/// As [`run`], for the only client of a server, which ends with it.
+pub(crate) fn run_only(
+    mut visit: Visit,
+    transport: Box<dyn Transport>,
+    surroundings: Surroundings,
+) -> impl Future<Output = ()> + Send {
+    visit.is_only = true;
+    run(visit, transport, surroundings)
 }
 
 /// Whether the client just went, rather than the stream failed.
@@ -128,27 +179,23 @@ fn is_departure(error: &std::io::Error) -> bool {
 }
 
 async fn serve(
-    id: SessionId,
     transport: &mut dyn Transport,
     surroundings: &Surroundings,
     speaker: &Speaker,
-    farewell: &mut Farewell,
+    visit: &mut Visit,
 ) -> End {
     let Surroundings { rules, buffers, orders, .. } = surroundings;
-    // An order to drain closes a client that has not negotiated: it was promised nothing yet.
-    let negotiated = or(
-        async {
-            orders.draining().await;
-            Err(End::Drained)
-        },
-        or(handshake::run(transport, surroundings, speaker), too_slow(rules.handshake_timeout)),
-    );
-    let agreed = match negotiated.await {
+    // Told to stop now, nothing is waited for: what is on a thread finishes there and its result is lost.
+    let closed_at_once = async {
+        orders.closing().await;
+        Err(End::Drained)
+    };
+    let agreed = match or(closed_at_once, handshake::run(transport, surroundings, speaker, &mut visit.failure)).await {
         Ok(agreed) => agreed,
         Err(end) => return end,
     };
-    farewell.coordinator.tell(Message::SessionNegotiated(id));
-    farewell.negotiated = true;
+    visit.coordinator.tell(Message::SessionNegotiated(visit.id));
+    visit.negotiated = true;
 
     // As many as may be under way, so that handing up does not wait for the client.
     let (work, work_inbox) = async_channel::bounded(transmission::BATCHES);
@@ -162,15 +209,13 @@ async fn serve(
         speaker.clone(),
         replies,
     );
-    let drain = orders.clone();
+    let handed_up = replies_inbox.clone();
     let transmission =
         transmission::Transmission::new(agreed.agreement, agreed.left_over, buffers.clone(), work, replies_inbox);
     // Boxed, so that a client in its handshake does not pay for what comes after.
-    let both = Box::pin(zip(
-        transmission.run(transport, orders, speaker),
-        backend.run(work_inbox, move || drain.is_draining()),
-    ));
-    // Told to stop now, nothing is waited for: what is on a thread finishes there and its reply is lost.
+    let sending = transmission.run(transport, orders, speaker);
+    let serving = backend.run(work_inbox, || orders.is_draining());
+    let both = Box::pin(together(sending, serving, handed_up));
     let closed_at_once = async {
         orders.closing().await;
         (End::Drained, Ok(()))
@@ -179,18 +224,50 @@ async fn serve(
     drop(agreed.turn);
     if let Err(error) = closed {
         speaker.error(format_args!("closing the device: {error}"));
-        farewell.failure = Some(error.to_string());
+        visit.failure = Some(error.to_string());
     }
     end
 }
 
-async fn too_slow<T>(limit: Option<Duration>) -> Result<T, End> {
-    match limit {
-        Some(limit) => {
-            smol::Timer::after(limit).await;
-            Err(End::TooSlow)
+/// Runs Session and Backend in one task. What the Backend has handed up is sent in the same turn in which the requests were
+/// handed down, without a round through the executor.
+async fn together<A, B>(
+    sending: impl Future<Output = A>,
+    serving: impl Future<Output = B>,
+    handed_up: Receiver<Replies>,
+) -> (A, B) {
+    let (mut sending, mut serving) = (pin!(sending), pin!(serving));
+    let (mut sent, mut served) = (None, None);
+    let mut handed_up = Some(handed_up);
+    poll_fn(|cx| {
+        if sent.is_none() {
+            sent = ready(sending.as_mut().poll(cx));
         }
-        None => std::future::pending().await,
+        if sent.is_some() {
+            // By its end the Backend knows that nobody wants replies any more.
+            handed_up = None;
+        }
+        if served.is_none() {
+            served = ready(serving.as_mut().poll(cx));
+        }
+        if handed_up.as_ref().is_some_and(|replies| !replies.is_empty()) {
+            sent = ready(sending.as_mut().poll(cx));
+        }
+        match (sent.take(), served.take()) {
+            (Some(sent), Some(served)) => Poll::Ready((sent, served)),
+            (a, b) => {
+                (sent, served) = (a, b);
+                Poll::Pending
+            }
+        }
+    })
+    .await
+}
+
+fn ready<T>(poll: Poll<T>) -> Option<T> {
+    match poll {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
     }
 }
 

@@ -10,14 +10,17 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
+use smol::Timer;
 use smol::stream::Stream;
 
 use super::{End, Input};
 use crate::backend::{Batch, Payload, Replies, Work};
 use crate::buffers::{Buffers, RECEIVE};
 use crate::coordinator::{Orders, Watch};
+use crate::extents::MAX_EXTENTS;
 use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::transmission::{
@@ -27,7 +30,7 @@ use crate::segments::Piece;
 use crate::transport::Transport;
 
 /// Batches that may be on their way, each way.
-pub(super) const BATCHES: usize = 16;
+pub(super) const BATCHES: usize = 4;
 /// How many bytes of requests and replies one client may have on the way. One request more is taken when there is less, so
 /// that the largest request can be served; so this, and one payload, is what a client can make the server hold.
 const MAX_OWED: usize = 16 * 1024 * 1024;
@@ -35,6 +38,15 @@ const MAX_OWED: usize = 16 * 1024 * 1024;
 const MAX_REQUESTS: usize = 1024;
 /// What a request costs beside its data, in bytes: its entry, its reply's header, its place in a queue.
 const REQUEST_COST: usize = 256;
+/// How long a client may take nothing of what waits for it, once the server is ending; then it is cut off. A client that
+/// reads at all takes something in that time, so that one which does not (it is stopped, or gone without a word, or waits to
+/// send before it reads) costs the end a second and not the whole drain. While the server is not ending it may take its time.
+const STALL: Duration = Duration::from_secs(1);
+/// How many receives at the end of a session are given to what the client has sent in vain. On TCP a close with bytes unread
+/// resets the connection, and the last replies could be lost with it.
+const FAREWELLS: usize = 64;
+/// What an extent takes in the answer to a block status, in bytes.
+const EXTENT: usize = 8;
 /// How many pieces one send takes.
 const PIECES: usize = 64;
 /// The most data of a refused write that is read over; a client that announces more is cut off. Source: nbdkit
@@ -62,7 +74,14 @@ pub(super) struct Transmission {
     /// How much of the first of `outgoing` has been sent, in pieces and in bytes of the next piece.
     sent: (usize, usize),
     requests: usize,
+    /// How many of `requests` were refused because the server is ending; the others were promised an answer.
+    refused: usize,
     owed: usize,
+
+    /// The server is ending.
+    draining: bool,
+    /// Runs while the server is ending and the client takes nothing of what waits for it. Boxed: an idle session has none.
+    patience: Option<Box<Timer>>,
 }
 
 struct Partial {
@@ -76,8 +95,9 @@ struct Partial {
 #[derive(PartialEq)]
 enum Listening {
     Yes,
-    /// The server is ending: what the client has sent already gets `NBD_ESHUTDOWN`, in one last pass.
-    LastPass,
+    /// The server is ending: what comes gets `NBD_ESHUTDOWN`, for as long as requests from before are under way and once more
+    /// after that.
+    Refusing,
     /// It said that it is done, or the server is.
     No,
 }
@@ -103,7 +123,10 @@ impl Transmission {
             outgoing: VecDeque::new(),
             sent: (0, 0),
             requests: 0,
+            refused: 0,
             owed: 0,
+            draining: false,
+            patience: None,
         }
     }
 
@@ -113,6 +136,9 @@ impl Transmission {
         let mut draining = orders.watch_draining();
         let end = poll_fn(|cx| self.poll(cx, transport, &mut draining)).await;
         transport.finish();
+        if self.draining && end.is_ok() {
+            self.read_over(transport).await;
+        }
         match end {
             Ok(()) => {
                 if orders.is_draining() {
@@ -136,8 +162,11 @@ impl Transmission {
         transport: &mut dyn Transport,
         draining: &mut Watch,
     ) -> Poll<Result<(), End>> {
-        if self.listening == Listening::Yes && draining.poll(cx).is_ready() {
-            self.listening = Listening::LastPass;
+        if !self.draining && draining.poll(cx).is_ready() {
+            self.draining = true;
+            if self.listening == Listening::Yes {
+                self.listening = Listening::Refusing;
+            }
         }
         loop {
             let mut moved = self.poll_replies(cx)?;
@@ -149,9 +178,34 @@ impl Transmission {
             }
             if !moved {
                 self.rest();
-                return Poll::Pending;
+                return self.poll_patience(cx).map(|()| Err(End::Stalled));
             }
         }
+    }
+
+    /// Ready when the server is ending and the client has taken nothing for too long.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.draining || self.outgoing.is_empty() {
+            self.patience = None;
+            return Poll::Pending;
+        }
+        let patience = self.patience.get_or_insert_with(|| Box::new(Timer::after(STALL)));
+        Pin::new(&mut **patience).poll(cx).map(drop)
+    }
+
+    /// Reads what the client has sent in vain, as far as it is there.
+    async fn read_over(&mut self, transport: &mut dyn Transport) {
+        let mut buffer = self.buffers.receive();
+        for _ in 0..FAREWELLS {
+            let received = poll_fn(|cx| match transport.poll_receive(cx, &mut buffer) {
+                Poll::Ready(received) => Poll::Ready(received.unwrap_or(0)),
+                Poll::Pending => Poll::Ready(0),
+            });
+            if received.await == 0 {
+                break;
+            }
+        }
+        self.buffers.give_back(buffer);
     }
 
     /// Takes replies from the Backend. Whether there were any.
@@ -185,6 +239,7 @@ impl Transmission {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             any = true;
+            self.patience = None;
             self.advance(sent);
         }
         Ok(any)
@@ -244,6 +299,7 @@ impl Transmission {
             self.sent = (0, 0);
             if let Some(replies) = self.outgoing.pop_front() {
                 self.requests -= replies.requests;
+                self.refused -= replies.refused;
                 self.owed -= replies.weight;
                 self.buffers.give_back_reply(replies.segments);
             }
@@ -271,15 +327,14 @@ impl Transmission {
     /// Receives and parses, as far as the client may go on. Whether anything came.
     fn poll_receive(&mut self, cx: &mut Context<'_>, transport: &mut dyn Transport) -> Result<bool, End> {
         let mut moved = self.parse()?;
-        if self.listening == Listening::LastPass && !self.may_take_more() {
-            self.listening = Listening::No;
-        }
         while self.listening != Listening::No && self.may_take_more() {
+            // A client that sends and sends is not listened to for ever.
+            let last = self.listening == Listening::Refusing && self.requests == self.refused;
             let received = match self.poll_receive_once(cx, transport) {
                 Poll::Ready(received) => received,
                 Poll::Pending => {
                     // Half a request at the end of the last pass was never promised anything.
-                    if self.listening == Listening::LastPass {
+                    if last {
                         self.listening = Listening::No;
                         moved = true;
                     }
@@ -298,10 +353,8 @@ impl Transmission {
             // Also where no request was whole: only a receive that found nothing leaves word to be woken.
             moved = true;
             self.parse()?;
-            // A client that sends and sends is not listened to for ever.
-            if self.listening == Listening::LastPass {
+            if last {
                 self.listening = Listening::No;
-                moved = true;
             }
             if !full || !self.batch.is_empty() {
                 break;
@@ -396,7 +449,7 @@ impl Transmission {
             self.listening = Listening::No;
             return Ok(());
         }
-        let checked = if self.listening == Listening::LastPass {
+        let checked = if self.listening == Listening::Refusing {
             Err(Refusal { code: ErrorCode::Shutdown, why: RefusalReason::Shutdown })
         } else {
             self.agreement.check(&request)
@@ -405,6 +458,7 @@ impl Transmission {
         let command = match checked {
             Ok(command) => command,
             Err(refusal) => {
+                self.refused += usize::from(refusal.code == ErrorCode::Shutdown);
                 if payload > MAX_SKIP {
                     let why = format!("{}: {}: too much to skip", command_name(request.kind), refusal.why);
                     return Err(End::Broken(why));
@@ -415,7 +469,14 @@ impl Transmission {
             }
         };
         if payload == 0 {
-            let weight = if let Command::Read { length, .. } = command { length as usize } else { 0 };
+            let weight = match command {
+                Command::Read { length, .. } => length as usize,
+                // The longest answer; how long it will be is not known yet.
+                Command::BlockStatus { one: false, length, .. } => {
+                    usize::try_from(length).unwrap_or(MAX_EXTENTS).min(MAX_EXTENTS) * EXTENT
+                }
+                _ => 0,
+            };
             self.push(request.cookie, Ok(command), None, weight);
             return Ok(());
         }
@@ -449,6 +510,11 @@ impl Transmission {
         }
         let buffer = Arc::new(std::mem::replace(&mut self.input.buffer, rest));
         (self.input.start, self.input.end) = (0, length);
+        // The first of them pays for what of the buffer is nobody's: small writes, one in each receive, keep it all.
+        let used: usize = whole.iter().map(|(_, range)| range.len()).sum();
+        let unused = buffer.len().saturating_sub(used);
+        self.batch[whole[0].0].weight += unused;
+        self.owed += unused;
         for (index, range) in whole {
             self.batch[index].payload = Some(Payload { buffer: Arc::clone(&buffer), range });
         }
