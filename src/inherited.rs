@@ -55,6 +55,14 @@ impl Inherited {
         self.ignored_hangup
     }
 
+    /// Lets SIGHUP be ignored at once, and not be read, in this process and the threads that it will start; if the caller had it
+    /// ignored.
+    pub fn stay_deaf_to_hangup(&self) {
+        if self.ignored_hangup {
+            let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&SigSet::from_iter([Signal::SIGHUP])), None);
+        }
+    }
+
     /// Gives all of it back. To be called in the command's process, right before its program is executed. Descriptors that
     /// were closed are so again then, because what fills them is closed by exec.
     pub fn give_back(&self) {
@@ -65,6 +73,13 @@ impl Inherited {
         }
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&self.mask), None);
     }
+}
+
+/// Closes the caller's descriptor `number`, if there is one, when this process executes a program.
+pub fn close_at_exec(number: i32) {
+    // SAFETY: fcntl(2) with F_SETFD touches no memory; a number that is not open is refused. The descriptor is the caller's,
+    // and nothing in this process owns it.
+    unsafe { nix::libc::fcntl(number, nix::libc::F_SETFD, nix::libc::FD_CLOEXEC) };
 }
 
 /// What is done on `signal` now.

@@ -21,6 +21,10 @@ pub struct Parameter {
     pub required: bool,
 }
 
+/// Parameters whose value is the number of a descriptor that the command of `--run` must not hold, for while it does the
+/// server cannot see the other end go (`exitwhen`).
+pub const KEPT_FROM_COMMAND: [&str; 2] = ["exit-when-pipe-closed", "exit-when-fd-closed"];
+
 /// What a layer says of itself. Help, completion, man pages and `--dump-plugin` are made from it.
 #[derive(Debug)]
 pub struct About {

@@ -18,7 +18,7 @@
 //! | `daemon.rs` | going into the background |
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
-//! | `report.rs` | lines to stderr |
+//! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
 
 pub mod captive;
 pub mod cli;

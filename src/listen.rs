@@ -7,20 +7,21 @@
 use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use dns_lookup::{AddrFamily, AddrInfoHints, SockType as LookupType, getaddrinfo};
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, getsockname, listen, setsockopt,
-    socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, getsockname, getsockopt, listen,
+    setsockopt, socket, sockopt,
 };
 
 use crate::cli::{Family, Options, Unix};
+use crate::report::Report;
 
 /// The longest path that a Unix socket can have, in bytes.
 const LONGEST_SOCKET_PATH: usize = 107;
@@ -71,8 +72,78 @@ pub struct Listening {
     pub sockets: Vec<OwnedFd>,
     /// The port, where it is TCP: a number, or as the command line has it.
     pub port: Option<String>,
-    /// The path, where it is a Unix socket.
-    pub unix: Option<PathBuf>,
+    /// Where it is a Unix socket.
+    pub unix: Option<UnixSocket>,
+}
+
+/// A Unix socket that this process has made.
+#[derive(Debug)]
+pub struct UnixSocket {
+    /// Where it was made.
+    pub path: PathBuf,
+    /// Device and inode of the name, by which another's at the same place is told apart.
+    identity: Option<(u64, u64)>,
+}
+
+impl UnixSocket {
+    /// What was just made at `path`.
+    fn made(path: &Path) -> UnixSocket {
+        UnixSocket { path: path.to_owned(), identity: identity(path) }
+    }
+
+    /// Removes its name, unless that is another's by now.
+    pub fn unlink(&self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|about| (about.dev(), about.ino()))
+}
+
+/// The sockets that came with the process, as systemd gives them to a service; usually none. Takes them out of the
+/// environment, so that no process that is started from here takes them for its own. Errors: what was announced is not
+/// there, as a line for people. To be called once, before any thread and any descriptor exists.
+/// Source: sd_listen_fds(3); nbdkit server/socket-activation.c.
+pub fn activated() -> Result<Vec<OwnedFd>, String> {
+    let number = |name: &str| {
+        let value = std::env::var_os(name)?;
+        // As in nbdkit: what cannot be read is not for us.
+        crate::values::unsigned(name, &value.to_string_lossy()).inspect_err(|error| Report::early().say(error)).ok()
+    };
+    let Some(pid) = number("LISTEN_PID") else { return Ok(Vec::new()) };
+    if pid != std::process::id() {
+        Report::early().say("LISTEN_PID was not for us (ignored)");
+        return Ok(Vec::new());
+    }
+    let Some(count) = number("LISTEN_FDS") else { return Ok(Vec::new()) };
+    if !(1..=MOST_ACTIVATED).contains(&count) {
+        return Err(format!("socket activation: LISTEN_FDS={count} out of range"));
+    }
+    for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"] {
+        // SAFETY: there is no other thread that could read the environment meanwhile.
+        unsafe { std::env::remove_var(name) };
+    }
+    (FIRST_ACTIVATED..).take(count as usize).map(activated_socket).collect()
+}
+
+/// The first descriptor of socket activation: those below are stdin, stdout and stderr.
+const FIRST_ACTIVATED: i32 = 3;
+/// As many as nbdkit takes.
+const MOST_ACTIVATED: u32 = 16;
+
+fn activated_socket(number: i32) -> Result<OwnedFd, String> {
+    let invalid = |error: Errno| format!("socket activation: invalid file descriptor fd = {number}: {}", error.desc());
+    // SAFETY: borrowed only to ask whether there is such a descriptor.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(invalid)?;
+    if !getsockopt(&borrowed, sockopt::AcceptConn).map_err(invalid)? {
+        return Err(format!("socket activation: fd = {number} is a socket that does not listen"));
+    }
+    // SAFETY: it is open, the caller has handed it over by name, and nothing else here knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Begins to listen as `options` say. Errors: a line for people; nothing is left on disk then.
@@ -95,7 +166,8 @@ fn unix(path: &Path) -> Result<Listening, String> {
     }
     // Held until we listen, so that no other server of ours takes a socket for dead that is only not ready yet.
     let turn = take_turn(path);
-    let attempt = || -> Result<OwnedFd, Errno> {
+    let mut made = None;
+    let mut attempt = || -> Result<OwnedFd, Errno> {
         let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None)?;
         let address = UnixAddr::new(path)?;
         match bind(socket.as_raw_fd(), &address) {
@@ -103,6 +175,7 @@ fn unix(path: &Path) -> Result<Listening, String> {
             Err(Errno::EADDRINUSE) if turn.is_some() && remove_dead_socket(path) => bind(socket.as_raw_fd(), &address)?,
             bound => bound?,
         }
+        made = Some(UnixSocket::made(path));
         listen(&socket, BACKLOG).inspect_err(|_| {
             let _ = fs::remove_file(path);
         })?;
@@ -111,7 +184,7 @@ fn unix(path: &Path) -> Result<Listening, String> {
     let attempted = attempt();
     drop(turn);
     let socket = attempted.map_err(|error| format!("{}: {}", path.display(), error.desc()))?;
-    Ok(Listening { sockets: vec![socket], port: None, unix: Some(path.to_owned()) })
+    Ok(Listening { sockets: vec![socket], port: None, unix: made })
 }
 
 const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);

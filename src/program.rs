@@ -7,18 +7,32 @@ use nbdcaptive_actors::device::ThreadModel;
 use crate::cli::{self, Options, Request};
 use crate::config::Layers;
 use crate::inherited::Inherited;
-use crate::report::{PROGRAM, Report, print};
-use crate::{captive, daemon, filters, plugins, server};
+use crate::report::{PROGRAM, Report, print, to_stderr};
+use crate::{captive, daemon, filters, listen, plugins, server};
 
 /// Runs the program with `words`, the first of which is its own name, and returns its exit status. To be called first of all
 /// in a process that has no thread yet: it forks.
 pub fn run(words: Vec<OsString>) -> i32 {
     let inherited = Inherited::take();
+    let activated = match listen::activated() {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            Report::early().say(error);
+            return 1;
+        }
+    };
     let current_directory = std::env::current_dir().ok();
-    let (request, options) = match cli::parse(words.into_iter().skip(1), current_directory.as_deref()) {
+    let parsed = cli::parse(words.into_iter().skip(1), current_directory.as_deref());
+    let allowed = parsed.and_then(|(request, options)| {
+        if !activated.is_empty() {
+            cli::check_activated(&options)?;
+        }
+        Ok((request, options))
+    });
+    let (request, options) = match allowed {
         Ok(parsed) => parsed,
         Err(error) => {
-            eprint(&error.report(PROGRAM));
+            to_stderr(&error.report(PROGRAM));
             return 1;
         }
     };
@@ -27,16 +41,12 @@ pub fn run(words: Vec<OsString>) -> i32 {
     }
     if options.run.is_some() {
         captive::front::run(&options, &inherited)
-    } else if options.foreground {
-        server::run(&options, server::Role::Alone { inherited: &inherited, daemon: None })
+    } else if options.foreground || !activated.is_empty() {
+        // Whoever gave us sockets holds on to our pid.
+        server::run(&options, server::Role::Alone { inherited: &inherited, daemon: None, activated })
     } else {
         daemon::run(&options, &inherited)
     }
-}
-
-fn eprint(text: &str) {
-    use std::io::Write;
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// Answers on stdout what can be answered without serving.
@@ -68,7 +78,8 @@ fn answer(request: Request, options: &Options) -> i32 {
                         print(format!("{} {}\n", about.name, env!("CARGO_PKG_VERSION")).as_bytes());
                     }
                 }
-                _ => about.iter().for_each(|(kind, about)| print(dump_plugin(kind, about).as_bytes())),
+                // The plugin first, whatever stands before it.
+                _ => about.iter().rev().for_each(|(kind, about)| print(dump_plugin(kind, about).as_bytes())),
             }
         }
     }

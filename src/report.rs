@@ -1,27 +1,35 @@
-//! Lines to people on stderr, as nbdkit writes them. Never blocks, never fails: a line that cannot be written is dropped,
-//! because a server that waits for its log serves nobody.
-//! Source: nbdkit server/log-stderr.c, server/debug.c.
+//! Lines to people on stderr, as nbdkit writes them, or to a file or the system log. Never blocks, never fails: a line that
+//! cannot be written is dropped, because a server that waits for its log serves nobody.
+//! Source: nbdkit server/log.c, server/log-stderr.c, server/log-syslog.c, server/debug.c.
+
+mod syslog;
 
 use std::fmt;
-use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nbdcaptive_actors::SessionId;
 use nbdcaptive_actors::log::{Level, Log};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
+use nix::sys::stat::fstat;
+use rustix::io::ReadWriteFlags;
 
 use crate::cli::{LogTo, Options};
+use syslog::Syslog;
 
 /// The name in front of every line.
 pub const PROGRAM: &str = "nbdcaptive";
 
-/// Where lines go.
+/// Where errors go. What `-v` says goes to stderr whatever this is, as in nbdkit.
 #[derive(Debug, Clone)]
 enum Sink {
     Stderr,
     Null,
     File(Arc<OwnedFd>),
+    Syslog(Arc<Syslog>),
 }
 
 /// Lines of this process. Cheap to clone.
@@ -29,13 +37,15 @@ enum Sink {
 pub struct Report {
     verbose: bool,
     sink: Sink,
+    /// Nobody said where errors go.
+    by_default: bool,
     plugin: Option<String>,
 }
 
 impl Report {
     /// To stderr, errors only: for the time before the options are known.
     pub fn early() -> Report {
-        Report { verbose: false, sink: Sink::Stderr, plugin: None }
+        Report { verbose: false, sink: Sink::Stderr, by_default: true, plugin: None }
     }
 
     /// As the options say. Errors: the log file cannot be opened, as a line for people.
@@ -46,9 +56,19 @@ impl Report {
                 let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
                 Sink::File(Arc::new(file.map_err(|error| format!("{}: {error}", path.display()))?.into()))
             }
-            LogTo::Default | LogTo::Stderr | LogTo::Syslog => Sink::Stderr,
+            LogTo::Syslog => Sink::Syslog(Arc::new(Syslog::new())),
+            LogTo::Default | LogTo::Stderr => Sink::Stderr,
         };
-        Ok(Report { verbose: options.verbose, sink, plugin: None })
+        Ok(Report { verbose: options.verbose, sink, by_default: options.log == LogTo::Default, plugin: None })
+    }
+
+    /// For a process that goes into the background, where nobody reads stderr: to the system log, unless somebody said
+    /// where to.
+    pub fn in_background(mut self) -> Report {
+        if self.by_default {
+            self.sink = Sink::Syslog(Arc::new(Syslog::new()));
+        }
+        self
     }
 
     /// Names the plugin in lines about clients.
@@ -59,44 +79,34 @@ impl Report {
 
     /// Something that failed.
     pub fn error(&self, line: impl fmt::Display) {
-        self.write(format_args!("{PROGRAM}: error: {line}\n"));
+        self.write("", "error: ", format_args!("{line}"));
     }
 
     /// Something that a person should know, without "error".
     pub fn say(&self, line: impl fmt::Display) {
-        self.write(format_args!("{PROGRAM}: {line}\n"));
+        self.write("", "", format_args!("{line}"));
     }
 
     /// Something for `-v`.
     pub fn debug(&self, line: impl fmt::Display) {
-        if self.verbose {
-            self.write(format_args!("{PROGRAM}: debug: {line}\n"));
-        }
+        self.write_debug("", format_args!("{line}"));
     }
 
-    fn write(&self, line: fmt::Arguments<'_>) {
-        let text = line.to_string();
-        let stderr = std::io::stderr();
+    /// `who` and `what` are empty, or end with what sets them apart from the next.
+    fn write(&self, who: &str, what: &str, line: fmt::Arguments<'_>) {
+        let text = || format!("{PROGRAM}: {who}{what}{line}\n");
         match &self.sink {
             Sink::Null => {}
-            Sink::Stderr => write_unless_full(stderr.as_fd(), text.as_bytes()),
-            Sink::File(file) => write_unless_full(file.as_fd(), text.as_bytes()),
+            Sink::Stderr => to_stderr(&text()),
+            Sink::File(file) => write_unless_full(file.as_fd(), text().as_bytes()),
+            // Its lines carry the program's name and how bad they are by themselves.
+            Sink::Syslog(syslog) => syslog.write(format_args!("{who}{line}")),
         }
     }
-}
 
-fn write_unless_full(fd: std::os::fd::BorrowedFd<'_>, mut bytes: &[u8]) {
-    while !bytes.is_empty() {
-        // A pipe says that it is writable when at least this much fits.
-        const AT_ONCE: usize = 4096;
-        let mut ready = [PollFd::new(fd, PollFlags::POLLOUT)];
-        if poll(&mut ready, PollTimeout::ZERO) != Ok(1) {
-            return;
-        }
-        match nix::unistd::write(fd, &bytes[..bytes.len().min(AT_ONCE)]) {
-            Ok(count) => bytes = &bytes[count..],
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(_) => return,
+    fn write_debug(&self, who: &str, line: fmt::Arguments<'_>) {
+        if self.verbose {
+            to_stderr(&format!("{PROGRAM}: {who}debug: {line}\n"));
         }
     }
 }
@@ -107,16 +117,59 @@ impl Log for Report {
     }
 
     fn line(&self, level: Level, session: Option<SessionId>, line: fmt::Arguments<'_>) {
-        let what = match level {
-            Level::Error => "error",
-            Level::Debug => "debug",
+        let who = match (session, &self.plugin) {
+            (Some(id), Some(plugin)) => format!("{plugin}[{id}]: "),
+            (Some(id), None) => format!("[{id}]: "),
+            (None, _) => String::new(),
         };
-        match (session, &self.plugin) {
-            (Some(id), Some(plugin)) => self.write(format_args!("{PROGRAM}: {plugin}[{id}]: {what}: {line}\n")),
-            (Some(id), None) => self.write(format_args!("{PROGRAM}: [{id}]: {what}: {line}\n")),
-            (None, _) => self.write(format_args!("{PROGRAM}: {what}: {line}\n")),
+        match level {
+            Level::Error => self.write(&who, "error: ", line),
+            Level::Debug => self.write_debug(&who, line),
         }
     }
+}
+
+/// Writes to stderr what fits.
+pub fn to_stderr(text: &str) {
+    write_unless_full(std::io::stderr().as_fd(), text.as_bytes());
+}
+
+fn write_unless_full(fd: BorrowedFd<'_>, mut bytes: &[u8]) {
+    let kind = fstat(fd).map_or(0, |about| about.st_mode & nix::libc::S_IFMT);
+    while !bytes.is_empty() {
+        match write_some(fd, kind, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::EINTR) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Writes some of it without waiting. The mode of the descriptor is left alone: others share it. Errors: `EAGAIN` if there is
+/// no room, and whatever else can be.
+fn write_some(fd: BorrowedFd<'_>, kind: nix::libc::mode_t, bytes: &[u8]) -> Result<usize, Errno> {
+    // A pipe or terminal that says that it has room takes at least this much. Another process or thread may be quicker, so
+    // where the call itself can be told not to wait, it is.
+    const AT_ONCE: usize = 4096;
+    let bytes = &bytes[..bytes.len().min(AT_ONCE)];
+    match kind {
+        nix::libc::S_IFSOCK => {
+            return send(fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+        }
+        nix::libc::S_IFIFO => {
+            match rustix::io::pwritev2(fd, &[IoSlice::new(bytes)], u64::MAX, ReadWriteFlags::NOWAIT) {
+                Ok(count) => return Ok(count),
+                // Older kernels cannot be asked this.
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
+                Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
+            }
+        }
+        _ => {}
+    }
+    if poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::ZERO)? == 0 {
+        return Err(Errno::EAGAIN);
+    }
+    nix::unistd::write(fd, bytes)
 }
 
 /// Writes `text` to stdout, for options that ask for it. A reader that has gone is no error of ours.

@@ -1,17 +1,19 @@
 //! The process that serves: configures, listens, says that it is ready, waits for the engine, cleans up.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_channel::{Receiver, Sender};
 use async_io::Async;
 use nbdcaptive_actors::child_supervisor::{Captor, CommandEvent, CommandOrder};
-use nbdcaptive_actors::{CommandEnd, Handle, Running, Server};
+use nbdcaptive_actors::transport::Descriptors;
+use nbdcaptive_actors::{Cause, CommandEnd, Handle, Running, Server, watch_process};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getppid;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use smol::Executor;
 
 use crate::captive::command::Errand;
@@ -27,9 +29,6 @@ use crate::listen::{self, Listening, PrivateDirectory};
 use crate::report::{Report, print};
 use crate::sweeper::Sweeper;
 
-/// How often a tree that is to end is looked at.
-const LOOK: Duration = Duration::from_millis(20);
-
 /// Which process this is.
 pub enum Role<'a> {
     /// The only one.
@@ -38,6 +37,8 @@ pub enum Role<'a> {
         inherited: &'a Inherited,
         /// Who waits to hear that the server is ready, if it goes into the background.
         daemon: Option<Launcher>,
+        /// Sockets to listen on that came with the process.
+        activated: Vec<OwnedFd>,
     },
     /// The server below a guardian.
     Captive {
@@ -82,7 +83,30 @@ struct Ready<'a> {
     errand: Errand,
     captivity: Option<Captivity>,
     sweeper: Option<Sweeper>,
+    leftovers: Leftovers,
+    daemon: Option<Launcher>,
+    signals: Meaning,
+}
+
+/// What certain signals mean to this process.
+#[derive(Clone, Copy)]
+struct Meaning {
     hangup_is_ignored: bool,
+    /// [`PARENT_ENDED`] does.
+    parent_signals: bool,
+}
+
+/// What is to be removed at the end, whatever end it is.
+#[derive(Clone)]
+struct Leftovers {
+    options: Options,
+    private: Option<PrivateDirectory>,
+}
+
+impl Leftovers {
+    fn sweep(&self) {
+        listen::sweep(&self.options, self.private.as_ref(), std::process::id().cast_signed());
+    }
 }
 
 /// What a captive server has of the other processes.
@@ -99,21 +123,28 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     report.debug(format_args!("nbdcaptive {}", env!("CARGO_PKG_VERSION")));
 
     // First, so that a parent that ends while a plugin takes its time is seen.
-    let (parent, captivity, private, daemon, hangup_is_ignored) = match role {
-        Role::Alone { inherited, daemon } => {
-            let parent = match parent(options.exit_with_parent) {
+    let (parent, captivity, private, daemon, activated, hangup_is_ignored) = match role {
+        Role::Alone { inherited, daemon, activated } => {
+            let parent = match parent(options.exit_with_parent, &report) {
                 Ok(Parent::Gone) => return Ok(None),
-                Ok(Parent::NotWatched) => None,
-                Ok(Parent::Watched(pidfd)) => Some(pidfd),
+                Ok(parent) => parent,
                 Err(error) => return Err(system(format!("--exit-with-parent: {error}"))),
             };
             let private = match options.unix {
                 Some(Unix::Private) => Some(PrivateDirectory::choose().map_err(|error| system(error.to_string()))?),
                 _ => None,
             };
-            (parent, None, private, daemon, inherited.ignores_hangup())
+            (parent, None, private, daemon, activated, inherited.ignores_hangup())
         }
-        Role::Captive { link, parent, private } => (parent, Some(Captivity { link }), private, None, false),
+        Role::Captive { link, parent, private } => {
+            let parent = parent.map_or(Parent::NotWatched, Parent::Watched);
+            (parent, Some(Captivity { link }), private, None, Vec::new(), false)
+        }
+    };
+    // Before anything else can write to what is the client's.
+    let client = match options.single {
+        true => Some(take_stdio().map_err(&system)?),
+        false => None,
     };
 
     let config = |error: crate::layer::ConfigError| Failure { report: report.clone(), line: error.0, is_config: true };
@@ -133,6 +164,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             // Status 0 without a word would be taken for a failure. Without a guardian nobody wants to know.
             let _ = link.say(&Word::Outcome { status: 0, signal: 0 });
         }
+        daemon.into_iter().for_each(Launcher::dismiss);
         return Ok(None);
     }
 
@@ -146,46 +178,49 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         None if !makes_files => None,
         None => Some(Sweeper::start(options, private.as_ref()).map_err(|error| system(error.to_string()))?),
     };
-    let listening = match listen::start(options, private.as_ref()) {
-        Ok(listening) => listening,
-        Err(line) => {
-            sweeper.into_iter().for_each(Sweeper::dismiss);
-            return Err(system(line));
-        }
-    };
-    let pid = std::process::id().cast_signed();
-    let clean_up = {
-        let (options, private) = (options.clone(), private.clone());
-        move || listen::sweep(&options, private.as_ref(), pid)
-    };
-    let unlisted = listening.unix.clone();
-    let environment = environment(options, &listening);
-    report.debug(format_args!("NBD URI: {}", String::from_utf8_lossy(&environment.uri)));
-    let mut errand = Errand { print: Vec::new(), prelude: environment.prelude() };
-    if options.print_uri {
-        let text = print_uri_text(&environment.uri);
-        // A captive server has no stdout: it is the command's.
-        if captivity.is_some() { errand.print = text } else { print(&text) }
-    }
-    let finish_start = || -> Result<(), String> {
+    let leftovers = Leftovers { options: options.clone(), private: private.clone() };
+    let mut errand = Errand::default();
+    let start = || -> Result<Source, String> {
+        // Its thread is the first of several, so it is known now if there is no room for them.
+        start_reactor()?;
+        let source = match client {
+            Some((stdin, stdout)) => Source::One(
+                Descriptors::on_reactor(stdin, stdout).map_err(|error| format!("stdin and stdout: {error}"))?,
+            ),
+            None if !activated.is_empty() => {
+                report.debug(format_args!("using socket activation, nr_socks = {}", activated.len()));
+                Source::Many(Listening { sockets: activated, port: None, unix: None })
+            }
+            None => {
+                let listening = listen::start(options, private.as_ref())?;
+                let environment = environment(options, &listening);
+                report.debug(format_args!("NBD URI: {}", String::from_utf8_lossy(&environment.uri)));
+                errand.prelude = environment.prelude();
+                if options.print_uri {
+                    let text = print_uri_text(&environment.uri);
+                    // A captive server has no stdout: it is the command's.
+                    if captivity.is_some() { errand.print = text } else { print(&text) }
+                }
+                Source::Many(listening)
+            }
+        };
         if let Some(path) = &options.pidfile {
             listen::write_pidfile(path)?;
             report.debug(format_args!("written pidfile {}", path.display()));
         }
-        if let Some(launcher) = daemon {
-            launcher.detach().map_err(|error| format!("going into the background: {error}"))?;
-        }
-        Ok(())
+        Ok(source)
     };
-    let started = finish_start();
-    if let Err(line) = started {
-        drop(listening);
-        clean_up();
-        sweeper.into_iter().for_each(Sweeper::dismiss);
-        return Err(system(line));
-    }
+    let source = match start() {
+        Ok(source) => source,
+        Err(line) => {
+            leftovers.sweep();
+            sweeper.into_iter().for_each(Sweeper::dismiss);
+            return Err(system(line));
+        }
+    };
+    // A background server's lines go elsewhere once the launcher has left; up to then they are the launcher's.
+    let report = if daemon.is_some() { report.in_background() } else { report };
 
-    let workers = std::thread::available_parallelism().map_or(2, |count| count.get());
     let mut server = Server::new(exports)
         .read_only(options.read_only)
         .structured_replies(!options.no_structured_replies)
@@ -194,32 +229,76 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         .handshake_timeout(options.timeout)
         .keepalive(options.keepalive)
         .threads(options.threads.map_or(16, |count| count.get() as usize))
-        .workers(workers)
+        .workers_per_core()
         .exit_last(lifetime.exit_last)
         .grace_period(options.grace_period)
         .drain_timeout(options.drain_timeout)
         .log(Arc::new(report.clone()))
-        .before_refusing(move || {
-            // Whoever connects from now on finds nothing, rather than a socket at which nobody answers.
-            if let Some(path) = unlisted {
-                let _ = std::fs::remove_file(path);
+        .at_end({
+            let leftovers = leftovers.clone();
+            move || leftovers.sweep()
+        });
+    match source {
+        Source::One(client) => server = server.serve_one(client),
+        Source::Many(listening) => {
+            for socket in listening.sockets {
+                server = server.listen(socket);
             }
-        })
-        .at_end(clean_up);
-    for socket in listening.sockets {
-        server = server.listen(socket);
+            if let Some(socket) = listening.unix {
+                // Whoever connects from now on finds nothing, rather than a socket at which nobody answers.
+                server = server.before_refusing(move || socket.unlink());
+            }
+        }
     }
     for event in lifetime.exit_when {
         server = server.exit_when(event);
     }
-    if let Some(pidfd) = parent {
-        server = server.parent(pidfd);
+    let signals = Meaning { hangup_is_ignored, parent_signals: matches!(parent, Parent::Signals) };
+    match parent {
+        Parent::Watched(ended) => server = server.parent(ended),
+        Parent::Polled(pid) => server = server.parent_polled(move || getppid().as_raw() != pid),
+        Parent::NotWatched | Parent::Signals | Parent::Gone => {}
     }
-    Ok(Some(Ready { options, report, server, errand, captivity, sweeper, hangup_is_ignored }))
+    Ok(Some(Ready { options, report, server, errand, captivity, sweeper, leftovers, daemon, signals }))
+}
+
+/// Starts async-io's reactor, which has a thread and descriptors of its own and panics where it cannot have them.
+fn start_reactor() -> Result<(), String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let started = std::panic::catch_unwind(|| async_io::block_on(async {}));
+    std::panic::set_hook(hook);
+    started.map_err(|_| "cannot start: there is no thread or descriptor to be had for the reactor".to_owned())
+}
+
+/// Where clients come from.
+enum Source {
+    One(Descriptors),
+    Many(Listening),
+}
+
+/// Takes stdin and stdout for the client of `-s`, and puts /dev/null there. Errors: one was closed, or there are no more
+/// descriptors; a line for people. Source: nbdkit server/main.c `switch_stdio`.
+fn take_stdio() -> Result<(OwnedFd, OwnedFd), String> {
+    let attempt = || -> io::Result<(OwnedFd, OwnedFd)> {
+        // What a caller hands over survives an exec; what does not was put there by us, because it was closed.
+        let ours = |fd| fcntl(fd, FcntlArg::F_GETFD).is_ok_and(|flags| flags & FdFlag::FD_CLOEXEC.bits() != 0);
+        let (stdin, stdout) = (io::stdin(), io::stdout());
+        if ours(stdin.as_fd()) || ours(stdout.as_fd()) {
+            return Err(Errno::EBADF.into());
+        }
+        let taken = (stdin.as_fd().try_clone_to_owned()?, stdout.as_fd().try_clone_to_owned()?);
+        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+        nix::unistd::dup2_stdin(&null)?;
+        nix::unistd::dup2_stdout(&null)?;
+        Ok(taken)
+    };
+    attempt().map_err(|error| format!("expecting stdin/stdout to be opened: {error}"))
 }
 
 fn environment(options: &Options, listening: &Listening) -> Environment {
-    let endpoint = match &listening.unix {
+    let unix = listening.unix.as_ref().map(|socket| socket.path.clone());
+    let endpoint = match &unix {
         Some(path) => Endpoint::Unix(path.clone()),
         None => Endpoint::Tcp { port: listening.port.clone() },
     };
@@ -228,7 +307,7 @@ fn environment(options: &Options, listening: &Listening) -> Environment {
         uri: uri(&endpoint, &options.export_name, options.tls, certificates, psk),
         exportname: options.export_name.clone(),
         port: listening.port.clone(),
-        unixsocket: listening.unix.clone(),
+        unixsocket: unix,
         tls: options.tls,
         tls_certificates: options.tls_certificates.clone(),
         tls_psk: options.tls_psk.clone(),
@@ -237,7 +316,8 @@ fn environment(options: &Options, listening: &Listening) -> Environment {
 
 impl Ready<'_> {
     fn serve(self) -> i32 {
-        let Ready { options, report, mut server, errand, captivity, sweeper, hangup_is_ignored } = self;
+        let Ready { options, report, mut server, errand, captivity, sweeper, leftovers, daemon, signals: meaning } =
+            self;
         let executor = Arc::new(Executor::new());
         let ended = async_io::block_on(executor.run(async {
             let signals = signals()?;
@@ -250,21 +330,28 @@ impl Ready<'_> {
                 None => None,
             };
             let running = server.start(&executor)?;
+            if let Some(launcher) = daemon {
+                launcher.detach(options.verbose)?;
+            }
             let handle = running.handle();
             // Both live as long as the server: dropped with these bindings.
             let child = sweeper.as_ref().map(Sweeper::pid);
-            let _signals = executor.spawn(pass_signals(signals, handle, hangup_is_ignored, child));
+            let _signals = executor.spawn(pass_signals(signals, handle, meaning, child));
             let status = match bridge {
                 Some(bridge) => bridge.serve(&running, &errand, options.grace_period).await,
                 None => running.wait().await.exit_status(),
             };
             io::Result::Ok(status)
         }));
-        sweeper.into_iter().for_each(Sweeper::dismiss);
-        ended.unwrap_or_else(|error| {
+        // With it go sockets that nothing has closed yet, so that nobody seems to answer there.
+        drop(executor);
+        let status = ended.unwrap_or_else(|error| {
+            leftovers.sweep();
             report.error(format_args!("cannot serve: {error}"));
             1
-        })
+        });
+        sweeper.into_iter().for_each(Sweeper::dismiss);
+        status
     }
 }
 
@@ -274,16 +361,12 @@ fn signals() -> io::Result<Async<SignalFd>> {
 }
 
 /// Turns signals into messages to the Coordinator. Others do to this process what they do by default.
-async fn pass_signals(
-    signals: Async<SignalFd>,
-    handle: Handle,
-    hangup_is_ignored: bool,
-    sweeper: Option<nix::unistd::Pid>,
-) {
+async fn pass_signals(signals: Async<SignalFd>, handle: Handle, meaning: Meaning, sweeper: Option<nix::unistd::Pid>) {
     while signals.readable().await.is_ok() {
         while let Ok(Some(info)) = signals.get_ref().read_signal() {
             match info.ssi_signo as i32 {
-                1 if hangup_is_ignored => {}
+                1 if meaning.hangup_is_ignored => {}
+                PARENT_ENDED if meaning.parent_signals => handle.shut_down(Cause::ParentEnded),
                 17 => sweeper.into_iter().for_each(Sweeper::reap),
                 number @ (1 | 2 | 3 | 15) => handle.signal(number),
                 // USR1 and the like: nobody sends them to a server but to end it.
@@ -333,6 +416,7 @@ impl Bridge {
                     Word::Signal(number) => CommandEvent::Signal(number),
                     Word::CommandEnded(end) => CommandEvent::Ended(end),
                     Word::FrontEnded => CommandEvent::FrontEnded,
+                    Word::ParentEnded => CommandEvent::ParentEnded,
                     Word::CommandPid(pid) => {
                         command = tree::find(pid);
                         continue;
@@ -361,23 +445,41 @@ impl Bridge {
 async fn end_command(command: Option<tree::Process>, grace: Duration) {
     let Some(command) = command else { return };
     let kill_at = Instant::now() + grace;
-    let all = |command: &tree::Process| {
-        let root = nix::unistd::Pid::from_raw(command.pid);
-        [*command].into_iter().chain(tree::descendants(root, &[])).collect::<Vec<_>>()
-    };
-    // Looked up once: when the command has ended, its children are no longer found under it.
-    let processes = all(&command);
-    processes.iter().for_each(|process| {
-        tree::signal(process, 15);
-        tree::signal(process, 18);
-    });
+    let root = nix::unistd::Pid::from_raw(command.pid);
+    let mut processes = vec![command];
+    // Nobody adopts for us what loses its parent, so what is forked while we look would be lost: they are stopped first, from
+    // the top down, until there are no new ones. Each round finds at least one; it is bounded against one that cannot be
+    // stopped.
+    tree::signal(&command, 19);
+    for _ in 0..100 {
+        let mut new = tree::descendants(root, &[]);
+        new.retain(|found| !processes.iter().any(|known| known.is_same(found)));
+        if new.is_empty() {
+            break;
+        }
+        new.iter().for_each(|process| {
+            tree::signal(process, 19);
+        });
+        processes.extend(new);
+    }
+    for number in [15, 18] {
+        processes.iter().for_each(|process| {
+            tree::signal(process, number);
+        });
+    }
+    let mut rounds = tree::Rounds::new();
     while processes.iter().any(tree::is_alive) {
         if Instant::now() >= kill_at {
+            // What it has started in order to end is below it as long as it lives.
+            processes.extend(tree::descendants(root, &[]));
             processes.iter().for_each(|process| {
                 tree::signal(process, 9);
             });
         }
-        async_io::Timer::after(LOOK).await;
+        // No longer than until they are to be killed.
+        let left = kill_at.saturating_duration_since(Instant::now());
+        let wait = rounds.wait();
+        async_io::Timer::after(if left.is_zero() { wait } else { wait.min(left) }).await;
     }
 }
 
@@ -385,15 +487,24 @@ async fn end_command(command: Option<tree::Process>, grace: Duration) {
 pub enum Parent {
     /// Nobody asked for it.
     NotWatched,
-    /// Its pidfd, readable when it has ended.
+    /// Readable when it has ended.
     Watched(OwnedFd),
+    /// It has ended when this is no longer the number of our parent. Only its child can see that.
+    Polled(i32),
+    /// [`PARENT_ENDED`] comes when it has ended. Only to its child.
+    Signals,
     /// It has ended already.
     Gone,
 }
 
-/// Takes hold of the process that `--exit-with-parent` means. Errors: this system has no pidfds.
-/// Source: pidfd_open(2), which opens the process and not the thread that forked us.
-pub fn parent(wanted: ExitWithParent) -> io::Result<Parent> {
+/// How often a parent is looked at that cannot be watched.
+pub const ASK: Duration = Duration::from_millis(50);
+/// `SIGPWR`, which nobody else sends to anything but init.
+pub const PARENT_ENDED: i32 = 30;
+
+/// Takes hold of the process that `--exit-with-parent` means. To be called by that process's child itself. Errors: there are
+/// no more descriptors. Source: pidfd_open(2), which opens the process and not the thread that forked us.
+pub fn parent(wanted: ExitWithParent, report: &Report) -> io::Result<Parent> {
     let pid = match wanted {
         ExitWithParent::No => return Ok(Parent::NotWatched),
         ExitWithParent::Pid(pid) => pid.cast_signed(),
@@ -402,19 +513,33 @@ pub fn parent(wanted: ExitWithParent) -> io::Result<Parent> {
     if wanted != ExitWithParent::Parent && getppid().as_raw() != pid {
         return Ok(Parent::Gone);
     }
-    let Some(process) = Pid::from_raw(pid) else {
-        return Err(io::Error::other("the parent process is outside this pid namespace and cannot be watched"));
-    };
-    let pidfd = match pidfd_open(process, PidfdFlags::empty()) {
-        Ok(pidfd) => pidfd,
-        Err(rustix::io::Errno::SRCH) => return Ok(Parent::Gone),
-        Err(error) => return Err(error.into()),
-    };
+    #[cfg(target_os = "linux")]
+    if pid == 0 {
+        // It has no number here. The signal is that of the thread that forked us, which is better than nothing.
+        report.debug("the parent process is outside this pid namespace and is watched by a signal");
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::POWER))?;
+        return Ok(Parent::Signals);
+    }
+    let watched = watch(pid, "the parent process", report)?;
     // If it ended before it was opened, the number may be another's by now, but then we have another parent.
     if getppid().as_raw() != pid || is_adopted(pid) {
         return Ok(Parent::Gone);
     }
-    Ok(Parent::Watched(pidfd))
+    Ok(watched.map_or(Parent::Polled(pid), Parent::Watched))
+}
+
+/// A descriptor that is readable when a process has ended. `None` where there are none here, which is said under `-v` with
+/// `what` is not watched; or where there is no such process, which the caller finds out by itself.
+/// Errors: there are no more descriptors.
+pub fn watch(pid: i32, what: &str, report: &Report) -> io::Result<Option<OwnedFd>> {
+    watch_process(pid).or_else(|error| match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => Err(error),
+        // Old kernels know no pidfds, and some sandboxes allow none.
+        _ => {
+            report.debug(format_args!("pidfd_open: {error}; {what} is looked at every {ASK:?} instead"));
+            Ok(None)
+        }
+    })
 }
 
 /// Whether `parent` cannot be who made us: a process shares its maker's session unless it has left it.

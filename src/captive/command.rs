@@ -5,11 +5,13 @@
 //! and umask; so nothing of ours reaches the command. Source: nbdkit server/captive.c, which runs the command by system(3).
 
 use std::convert::Infallible;
-use std::ffi::{CString, OsStr};
+use std::ffi::{CString, OsStr, OsString};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 
+use crate::cli::{Parameter, split_parameter};
 use crate::inherited::Inherited;
+use crate::layer::KEPT_FROM_COMMAND;
 
 /// What comes first when the command may go. Without it the pipe's end means: never.
 const GO: u8 = b'!';
@@ -52,6 +54,20 @@ impl Starter {
 pub fn starter() -> io::Result<(Starter, PipeReader)> {
     let (reader, writer) = io::pipe()?;
     Ok((Starter(writer), reader))
+}
+
+/// Sees to it that the command does not get the descriptors which `parameters` keep from it.
+pub fn keep_descriptors(parameters: &[OsString]) {
+    for parameter in parameters {
+        if let Parameter::KeyValue(key, value) = split_parameter(parameter)
+            && KEPT_FROM_COMMAND.contains(&key.as_str())
+            && let Some(number) = value.to_str().and_then(|text| text.parse::<i32>().ok())
+            && number > 2
+        {
+            // One that is not open is the server's to complain of.
+            crate::inherited::close_at_exec(number);
+        }
+    }
 }
 
 /// Waits for the word to go and becomes `/bin/sh -c`. Returns only if it may not go (`Ok`), or cannot.

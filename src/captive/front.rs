@@ -5,7 +5,7 @@
 //! for it never sees leftovers.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -14,7 +14,6 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signa
 use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::fork::{Side, split};
 use super::guardian::{self, Charge};
@@ -26,10 +25,14 @@ use crate::listen::{self, PrivateDirectory};
 use crate::report::Report;
 use crate::server;
 
-/// How often the tree is looked at while it is to end.
-const LOOK: Duration = Duration::from_millis(20);
 /// How much longer than its drain a server may take before it is killed.
 const SLACK: Duration = Duration::from_secs(1);
+/// How long a signal from our parent is held back, for SIGCONT to follow it: timeout(1) and shells that end a job send both to
+/// our whole group, and the command, which has got the first then, may be about to end in a way of its own. Source: GNU
+/// coreutils timeout.c, `cleanup`.
+const GROUP_SIGNAL: Duration = Duration::from_millis(20);
+/// A signal is a second request only this long after the first, as the Coordinator has it.
+const SECOND_SIGNAL: Duration = Duration::from_millis(250);
 
 /// Runs `options.run` as a captive server does, and returns the exit status, or dies of the signal that the command died of.
 /// To be called in a process without threads.
@@ -62,21 +65,31 @@ struct Front<'a> {
     private: Option<PrivateDirectory>,
     /// Children that the caller had before it executed us: not ours to end.
     strangers: Vec<i32>,
-    server: Option<i32>,
+    server: Option<tree::Process>,
+    server_pid: i32,
+    command_pid: Option<i32>,
     /// Signals that this process got itself.
     got: Vec<i32>,
     outcome: Option<(i32, i32)>,
-    standing_by: bool,
+    /// A signal from our parent, who sent it, and until when we wait for what shows that it was for the whole group.
+    held: Option<(i32, i32, Instant)>,
+    /// It got a stop from us, and is to get its end from us too.
+    stopped_command: bool,
+    standing_by: Option<Instant>,
+    /// Somebody asked for the end a second time.
+    urgent: bool,
+    /// The parent that the server is to live as long as, where it can be watched only from here.
+    parent: Option<server::Parent>,
 }
 
 fn start<'a>(options: &'a Options, inherited: &'a Inherited, report: &'a Report) -> io::Result<Option<Front<'a>>> {
     // First of all, so that a parent that ends now is still seen.
-    let parent = match server::parent(options.exit_with_parent)? {
+    let (parent, parent_here) = match server::parent(options.exit_with_parent, report)? {
         server::Parent::Gone => return Ok(None),
-        server::Parent::NotWatched => None,
-        server::Parent::Watched(pidfd) => Some(pidfd),
+        server::Parent::NotWatched => (None, None),
+        server::Parent::Watched(ended) => (Some(ended), None),
+        here @ (server::Parent::Polled(_) | server::Parent::Signals) => (None, Some(here)),
     };
-    let front = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
     // Should the guardian be killed, what it held comes to us.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let strangers = tree::descendants(Pid::this(), &[]).iter().map(|process| process.pid).collect();
@@ -91,11 +104,11 @@ fn start<'a>(options: &'a Options, inherited: &'a Inherited, report: &'a Report)
         Side::Child => {
             drop((link, signals));
             let report = report.clone();
-            let charge = Charge { options, inherited, front_link, front, parent, private, report };
+            let charge = Charge { options, inherited, front_link, parent, private, report };
             std::process::exit(guardian::run(charge));
         }
     };
-    drop::<(Link, OwnedFd, Option<OwnedFd>)>((front_link, front, parent));
+    drop((front_link, parent));
     Ok(Some(Front {
         options,
         inherited,
@@ -106,16 +119,50 @@ fn start<'a>(options: &'a Options, inherited: &'a Inherited, report: &'a Report)
         private,
         strangers,
         server: None,
+        server_pid: 0,
+        command_pid: None,
         got: Vec::new(),
         outcome: None,
-        standing_by: false,
+        held: None,
+        stopped_command: false,
+        standing_by: None,
+        urgent: false,
+        parent: parent_here,
     }))
 }
 
 impl Front<'_> {
+    /// How long to wait for whatever comes.
+    fn patience(&self) -> PollTimeout {
+        if let Some((_, _, until)) = self.held {
+            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            return PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        }
+        match self.parent {
+            Some(server::Parent::Polled(_)) => PollTimeout::try_from(server::ASK).unwrap_or(PollTimeout::ZERO),
+            _ => PollTimeout::NONE,
+        }
+    }
+
+    fn look_at_parent(&mut self) {
+        if let Some(server::Parent::Polled(pid)) = self.parent
+            && nix::unistd::getppid().as_raw() != pid
+        {
+            self.parent = None;
+            self.say(Word::ParentEnded);
+        }
+    }
+
     fn wait(mut self) -> i32 {
         loop {
-            self.poll(PollTimeout::NONE);
+            self.poll(self.patience());
+            self.look_at_parent();
+            if let Some((number, _, until)) = self.held
+                && Instant::now() >= until
+            {
+                self.held = None;
+                self.say(Word::Signal(number));
+            }
             self.hear();
             if let Some(status) = self.reap() {
                 // What it said last.
@@ -133,7 +180,7 @@ impl Front<'_> {
         let mut fds =
             [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN), PollFd::new(self.link.as_fd(), PollFlags::POLLIN)];
         // At its end the link is readable for ever.
-        let count = if self.outcome.is_some() || self.standing_by { 1 } else { 2 };
+        let count = if self.outcome.is_some() || self.standing_by.is_some() { 1 } else { 2 };
         // An interruption is as good as a timeout: everything is looked at anyway.
         let _ = poll(&mut fds[..count], timeout);
         while let Ok(Some(info)) = self.signals.read_signal() {
@@ -144,7 +191,11 @@ impl Front<'_> {
     fn hear(&mut self) {
         while let Ok(Some(word)) = self.link.hear() {
             match word {
-                Word::ServerPid(pid) => self.server = Some(pid),
+                Word::ServerPid(pid) => {
+                    self.server = tree::find(pid);
+                    self.server_pid = pid;
+                }
+                Word::CommandPid(pid) => self.command_pid = Some(pid),
                 Word::Outcome { status, signal } => self.outcome = Some((status, signal)),
                 _ => {}
             }
@@ -154,7 +205,12 @@ impl Front<'_> {
     /// Waits for whoever has ended: `Some` if the guardian has, with its status, or without one if it was killed.
     fn reap(&self) -> Option<Option<i32>> {
         loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
+                // Nobody would be left to act on anything.
+                Ok(WaitStatus::Stopped(pid, _)) if pid == self.guardian => {
+                    self.report.debug("the guardian process was stopped, and is told to go on");
+                    tree::signal_child(pid, Signal::SIGCONT as i32);
+                }
                 Ok(WaitStatus::Exited(pid, status)) if pid == self.guardian => return Some(Some(status)),
                 Ok(WaitStatus::Signaled(pid, ..)) if pid == self.guardian => return Some(None),
                 Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return None,
@@ -166,7 +222,7 @@ impl Front<'_> {
 
     fn on_signal(&mut self, info: &siginfo) {
         let number = info.ssi_signo as i32;
-        // Signals of the terminal carry a positive code, and the command got its own.
+        // Signals of the terminal and of the kernel carry a positive code.
         let typed = info.ssi_code > 0;
         let Ok(signal) = Signal::try_from(number) else {
             // A real-time signal.
@@ -175,21 +231,64 @@ impl Front<'_> {
         match signal {
             Signal::SIGCHLD | Signal::SIGPIPE | Signal::SIGTTIN | Signal::SIGTTOU => {}
             Signal::SIGHUP if self.inherited.ignores_hangup() => {}
-            Signal::SIGINT | Signal::SIGQUIT if typed => self.got.push(number),
+            _ if number == server::PARENT_ENDED && matches!(self.parent, Some(server::Parent::Signals)) => {
+                self.say(Word::ParentEnded);
+            }
             Signal::SIGTERM | Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT => {
                 self.got.push(number);
-                self.say(Word::Signal(number));
+                if self.standing_by.is_some_and(|since| since.elapsed() >= SECOND_SIGNAL) {
+                    self.urgent = true;
+                }
+                if typed && matches!(signal, Signal::SIGINT | Signal::SIGQUIT) {
+                    self.say(Word::Typed(number));
+                } else if typed || !self.is_of_the_command(info.ssi_pid.cast_signed()) {
+                    self.report.debug(format_args!("received signal {number} from process {}", info.ssi_pid));
+                    let sender = info.ssi_pid.cast_signed();
+                    if self.held.is_none() && !typed && sender == nix::unistd::getppid().as_raw() {
+                        self.held = Some((number, sender, Instant::now() + GROUP_SIGNAL));
+                    } else {
+                        self.say(Word::Signal(number));
+                    }
+                }
             }
             Signal::SIGTSTP => {
                 if !typed {
+                    self.stopped_command = true;
                     self.say(Word::PassOn(number));
                 }
                 // The caller's shell must see that the job is stopped.
-                let _ = raise(Signal::SIGSTOP);
+                self.suffer(signal);
             }
+            Signal::SIGCONT if self.held.is_some_and(|(_, sender, _)| sender == info.ssi_pid.cast_signed()) => {
+                if let Some((number, ..)) = self.held.take() {
+                    self.report.debug(format_args!("signal {number} was for the whole group: the command has got it"));
+                    self.say(Word::GroupSignal(number));
+                }
+            }
+            // A shell continues the whole group, and the command may have been stopped once more until ours gets there.
+            Signal::SIGCONT if !std::mem::take(&mut self.stopped_command) => {}
+            // A timer that the caller set before it executed us: they outlive exec, and the command has none.
+            Signal::SIGALRM | Signal::SIGVTALRM | Signal::SIGPROF => self.say(Word::PassOn(number)),
+            // The command has got its own.
             _ if typed => {}
             _ => self.say(Word::PassOn(number)),
         }
+    }
+
+    /// Whether the sender of a signal is the command or descends from it. What they send is for their whole group, as with
+    /// `kill 0`, and the command has it already.
+    fn is_of_the_command(&self, sender: i32) -> bool {
+        // One that has ended by now can be known by its number only.
+        self.command_pid == Some(sender) || tree::is_below(sender, self.guardian.as_raw(), self.server_pid)
+    }
+
+    /// Lets `signal` do what it does by default: unlike a stop that nobody can refuse, one from the terminal stops nothing in a
+    /// group that nobody would ever continue.
+    fn suffer(&self, signal: Signal) {
+        let set = SigSet::from_iter([signal]);
+        let _ = raise(signal);
+        let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&set), None);
+        let _ = sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None);
     }
 
     fn say(&self, word: Word) {
@@ -203,14 +302,12 @@ impl Front<'_> {
             && let Ok(signal) = Signal::try_from(signal)
         {
             let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-            let mut set = SigSet::empty();
-            set.add(signal);
             // SAFETY: the default action, no code of ours.
             let _ = unsafe { sigaction(signal, &default) };
             // No core: it was not us who failed.
             let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
-            let _ = raise(signal);
-            let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&set), None);
+            self.suffer(signal);
+            // Still here: the first process of a container does not die of its own signals.
         }
         status
     }
@@ -218,41 +315,66 @@ impl Front<'_> {
     /// The guardian was killed: everything comes to an end. The server notices by itself and drains; the command's tree, which
     /// has come to us, is ended here.
     fn stand_by(&mut self) -> i32 {
+        let began = Instant::now();
+        self.standing_by = Some(began);
         self.report.error("the guardian process was killed");
-        self.standing_by = true;
-        let now = Instant::now();
-        let kill_tree_at = now + self.options.grace_period;
-        let kill_server_at = now + self.options.drain_timeout + SLACK;
+        let mut rounds = tree::Rounds::new();
         let mut told = false;
+        let mut killing_since = None;
         loop {
             let _ = self.reap();
-            let server = self.server.and_then(tree::find).filter(tree::is_alive);
-            let except: Vec<i32> = self.strangers.iter().copied().chain(self.server).collect();
-            let left = tree::descendants(Pid::this(), &except);
+            // It may have said so only now.
+            self.hear();
+            let server = self.server.filter(tree::is_alive);
+            let except: Vec<i32> = self.strangers.iter().copied().chain([self.server_pid]).collect();
+            let mut left = tree::descendants(Pid::this(), &except);
+            // What the server has lost, and ends itself while it lives.
+            left.retain(|process| server.is_none() || process.session != self.server_pid);
+            if !told {
+                let waiting: Vec<_> = left.iter().copied().chain(server).collect();
+                let waiting = if waiting.is_empty() { "nothing".to_owned() } else { tree::list(&waiting) };
+                self.report.debug(format_args!("ending: the guardian process was killed; waiting for {waiting}"));
+                for process in &left {
+                    tree::signal(process, Signal::SIGTERM as i32);
+                    tree::signal(process, Signal::SIGCONT as i32);
+                }
+                told = true;
+            }
             if left.is_empty() && server.is_none() {
                 break;
             }
+            let kill_tree_at = if self.urgent { began } else { began + self.options.grace_period };
+            let kill_server_at = if self.urgent { began + SLACK } else { began + self.options.drain_timeout + SLACK };
             let now = Instant::now();
-            let number = match (told, now >= kill_tree_at) {
-                (_, true) => Some(9),
-                (false, false) => Some(15),
-                (true, false) => None,
-            };
-            for process in &left {
-                if let Some(number) = number {
-                    tree::signal(process, number);
-                    tree::signal(process, 18);
-                }
+            if now >= kill_tree_at {
+                left.iter().for_each(|process| {
+                    tree::signal(process, Signal::SIGKILL as i32);
+                });
             }
-            told = true;
             if now >= kill_server_at
                 && let Some(server) = &server
             {
-                tree::signal(server, 9);
+                tree::signal(server, Signal::SIGKILL as i32);
             }
-            self.poll(PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::ZERO));
+            if now >= kill_tree_at.max(kill_server_at) {
+                let since = *killing_since.get_or_insert(now);
+                if now.duration_since(since) >= guardian::LAST_WAIT {
+                    let left: Vec<_> = left.into_iter().chain(server).collect();
+                    self.report.error(format_args!("cannot end these processes: {}", tree::list(&left)));
+                    break;
+                }
+            }
+            // The last of them to go is a child of ours, whose end wakes us.
+            let next = [kill_tree_at, kill_server_at].into_iter().filter(|time| *time > now).min();
+            let wait = if now >= kill_tree_at || next.is_none() { Some(rounds.wait()) } else { None };
+            let until = next.map(|time| time.duration_since(now) + Duration::from_millis(1));
+            let timeout = wait.into_iter().chain(until).min().unwrap_or(SLACK);
+            self.poll(PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX));
         }
-        listen::sweep(self.options, self.private.as_ref(), self.server.unwrap_or(0));
-        128 + 9
+        listen::sweep(self.options, self.private.as_ref(), self.server_pid);
+        let status = 128 + Signal::SIGKILL as i32;
+        let took = began.elapsed();
+        self.report.debug(format_args!("all has ended after {took:.3?}, exit status {status}"));
+        status
     }
 }

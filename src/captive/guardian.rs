@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nbdcaptive_actors::CommandEnd;
+use nbdcaptive_actors::log::{Level, Log};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -30,12 +31,16 @@ const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 const SIGCONT: i32 = 18;
 
+/// A repeated signal is a second request only this long after the first, as the Coordinator has it.
+const SECOND_SIGNAL: Duration = Duration::from_millis(250);
+
 /// How long a command whose server was killed gets to fail by itself, before it is told to end.
 const CRASH_GRACE: Duration = Duration::from_secs(2);
 /// How long the server may take to answer to a signal that was handed to it.
 const ANSWER: Duration = Duration::from_secs(1);
-/// How often the tree is looked at while it is to end: orphans that end are told by SIGCHLD, deeper ones are not.
-const LOOK: Duration = Duration::from_millis(20);
+/// How long killed processes may take to go. What is left then waits for a device that does not answer, or belongs to another
+/// user, and is said to be left.
+pub const LAST_WAIT: Duration = Duration::from_secs(10);
 
 /// What the front process gives its guardian.
 pub struct Charge<'a> {
@@ -45,8 +50,6 @@ pub struct Charge<'a> {
     pub inherited: &'a Inherited,
     /// To the front process.
     pub front_link: Link,
-    /// The front process.
-    pub front: OwnedFd,
     /// The parent that the server is to live as long as.
     pub parent: Option<OwnedFd>,
     /// Where the private socket will be, if there will be one.
@@ -66,8 +69,20 @@ enum Alarm {
     GraceOver,
     /// The server had its time to end.
     DrainOver,
-    /// Time to look at the tree again.
-    Look,
+    /// Time to look whether what was killed has gone, and to kill what it forked meanwhile.
+    KillAgain,
+    /// What was killed has had its time to go.
+    LastWaitOver,
+}
+
+/// What a signal that asks for the end is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Request {
+    First,
+    /// The same once more, and meant so: the end is to be at once.
+    Second,
+    /// The first, from another sender or to another process of ours.
+    Echo,
 }
 
 struct Guardian<'a> {
@@ -82,11 +97,32 @@ struct Guardian<'a> {
     front_gone: bool,
     /// What the server said at its end.
     outcome: Option<i32>,
+    /// It had to be killed, because it did not end.
+    server_killed: bool,
     /// How it ended without saying so.
     crash: Option<i32>,
+    /// Signals for the command that came before it was started.
+    early: Vec<i32>,
+    /// Signals that asked for the end, and when each came first.
+    asked: Vec<(i32, Instant)>,
+    /// Somebody asked a second time.
+    urgent: bool,
+    /// The signal that came before the command was started, which it never will be now.
+    forestalled: Option<i32>,
+    /// What the first signal is meant for: processes that were there when it came. What a command that got it as well, as one
+    /// of a group, starts in its trap is its way to end.
+    aim: Option<Vec<tree::Process>>,
+    /// What has been told to end.
+    told: Vec<tree::Process>,
     /// The command's tree is to end, and not only the command.
     ending: bool,
+    ending_since: Option<Instant>,
     killing: bool,
+    rounds: tree::Rounds,
+    /// What was killed does not go, and is no longer waited for.
+    given_up: bool,
+    /// There is nobody to wait for, and so no tree.
+    childless: bool,
     alarms: Vec<(Instant, Alarm)>,
 }
 
@@ -112,9 +148,10 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
     let command = match split()? {
         Side::Parent(pid) => pid,
         Side::Child => {
-            let Charge { options, inherited, report, front_link, front, parent, .. } = charge;
+            let Charge { options, inherited, report, front_link, parent, .. } = charge;
             // Until it may go it holds nothing by whose end another process is to notice something.
-            drop((starter, front_link, front, parent));
+            drop((starter, front_link, parent));
+            command::keep_descriptors(&options.parameters);
             let run = options.run.as_deref().unwrap_or_default();
             let status = match command::become_command(wait, run, inherited) {
                 Ok(_) => 1,
@@ -127,6 +164,17 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
         }
     };
     drop(wait);
+    match start_server(charge, command, starter) {
+        Ok(guardian) => Ok(guardian),
+        Err(error) => {
+            // Its starter is gone, and so will it be.
+            while waitpid(command, None) == Err(Errno::EINTR) {}
+            Err(error)
+        }
+    }
+}
+
+fn start_server(charge: Charge<'_>, command: Pid, starter: Starter) -> io::Result<Guardian<'_>> {
     // Out of the caller's session and group, so that neither the terminal nor a signal to the group reaches us.
     setsid()?;
     // Whoever waits for the end of the caller's output must not wait for us.
@@ -139,8 +187,9 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
             drop((link, starter));
             // The front process must know us should the guardian be killed.
             let _ = charge.front_link.say(&Word::ServerPid(nix::unistd::getpid().as_raw()));
-            let Charge { options, front, parent, private, front_link, .. } = charge;
-            drop((front_link, front));
+            let Charge { options, inherited, parent, private, front_link, .. } = charge;
+            drop(front_link);
+            inherited.stay_deaf_to_hangup();
             let status = match setsid() {
                 Ok(_) => server::run(options, server::Role::Captive { link: server_link, parent, private }),
                 Err(_) => 1,
@@ -149,6 +198,8 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
         }
     };
     drop(server_link);
+    // So that it knows whose signals came from the command itself. If it is gone, that shows soon.
+    let _ = charge.front_link.say(&Word::CommandPid(command.as_raw()));
     Ok(Guardian {
         charge,
         link: Some(link),
@@ -160,9 +211,20 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
         command_end: None,
         front_gone: false,
         outcome: None,
+        server_killed: false,
         crash: None,
+        early: Vec::new(),
+        asked: Vec::new(),
+        urgent: false,
+        forestalled: None,
+        aim: None,
+        told: Vec::new(),
         ending: false,
+        ending_since: None,
         killing: false,
+        rounds: tree::Rounds::new(),
+        given_up: false,
+        childless: false,
         alarms: Vec::new(),
     })
 }
@@ -186,7 +248,6 @@ struct Woken {
     signals: bool,
     server: bool,
     front: bool,
-    front_gone: bool,
 }
 
 impl Guardian<'_> {
@@ -212,9 +273,6 @@ impl Guardian<'_> {
             if woken.front {
                 self.hear_front();
             }
-            if woken.front_gone && !self.front_gone {
-                self.on_front_gone();
-            }
             if woken.signals {
                 self.hear_signals(&signals);
             }
@@ -224,9 +282,41 @@ impl Guardian<'_> {
         self.finish()
     }
 
-    fn is_done(&self) -> bool {
-        let tree_gone = !self.ending || tree::descendants(Pid::this(), &[]).is_empty();
-        self.server.is_none() && self.command.is_none() && tree_gone
+    /// Whether all has ended that is to end. What is left when a server has ended is killed.
+    fn is_done(&mut self) -> bool {
+        if self.server.is_some() || self.command.is_some() {
+            return false;
+        }
+        // The last of a tree to go is always a child of ours, so its end wakes us: nothing has to be looked at again and
+        // again.
+        if self.given_up || self.childless {
+            return true;
+        }
+        let left = self.left();
+        if !left.is_empty() && !self.ending && !self.killing {
+            self.kill_left();
+        }
+        left.is_empty()
+    }
+
+    /// What is to end and has not, of all that descends from us: the command's tree if it is to end; what the server had
+    /// started if the server has ended, which shows at its session.
+    fn left(&self) -> Vec<tree::Process> {
+        let (mut helpers, mut tree) = self.below_us();
+        if self.server.is_some() {
+            helpers.clear();
+        }
+        if !self.ending {
+            tree.clear();
+        }
+        [helpers, tree].concat()
+    }
+
+    /// All that descends from us without the server: what the server had started and has lost, which shows at its session; and
+    /// the command with its tree.
+    fn below_us(&self) -> (Vec<tree::Process>, Vec<tree::Process>) {
+        let server = self.server_pid.as_raw();
+        tree::descendants(Pid::this(), &[server]).into_iter().partition(|process| process.session == server)
     }
 
     fn wait(&self, signals: &SignalFd) -> Woken {
@@ -242,7 +332,6 @@ impl Guardian<'_> {
         let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
         if !self.front_gone {
             fds.push(PollFd::new(self.charge.front_link.as_fd(), PollFlags::POLLIN));
-            fds.push(PollFd::new(self.charge.front.as_fd(), PollFlags::POLLIN));
         }
         if let Some(link) = &self.link {
             fds.push(PollFd::new(link.as_fd(), PollFlags::POLLIN));
@@ -255,7 +344,6 @@ impl Guardian<'_> {
         let mut woken = Woken { signals: next(), ..Woken::default() };
         if !self.front_gone {
             woken.front = next();
-            woken.front_gone = next();
         }
         woken.server = next();
         woken
@@ -281,6 +369,8 @@ impl Guardian<'_> {
                     self.tell_server(&Word::CommandPid(pid));
                     // If it was killed while it waited, that is its end, and is reaped as such.
                     let _ = starter.go(&errand);
+                    // It would have got them by now.
+                    self.early.drain(..).for_each(|number| tree::signal_child(command, number));
                 }
             }
             Word::SignalCommand(number) => {
@@ -297,17 +387,33 @@ impl Guardian<'_> {
     }
 
     fn hear_front(&mut self) {
-        loop {
+        while !self.front_gone {
             match self.charge.front_link.hear() {
                 Ok(Some(Word::Signal(number))) => self.on_signal(number),
+                Ok(Some(Word::GroupSignal(number))) => {
+                    self.on_signal(number);
+                    // The grace period begins, and nobody has to be told.
+                    if self.started {
+                        self.aim = Some(Vec::new());
+                    }
+                }
+                // While there is a command it is the command's. Before and after, it can be meant only for us.
+                Ok(Some(Word::Typed(number))) if self.started && self.command.is_some() => {
+                    self.charge.report.debug(format_args!("signal {number} was typed: the command has got it"));
+                }
+                Ok(Some(Word::Typed(number))) => self.on_signal(number),
                 Ok(Some(Word::PassOn(number))) => {
                     if let (Some(command), true) = (self.command, self.started) {
                         tree::signal_child(command, number);
+                    } else if !self.early.contains(&number) {
+                        self.early.push(number);
                     }
                 }
+                Ok(Some(Word::ParentEnded)) => self.on_parent_ended(),
                 Ok(Some(_)) => {}
-                // Its end shows at its pidfd as well, and is dealt with there.
-                Ok(None) | Err(_) => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // Nobody else holds the other end.
+                Ok(None) | Err(_) => self.on_front_gone(),
             }
         }
     }
@@ -324,20 +430,67 @@ impl Guardian<'_> {
 
     /// Somebody asks for the end: the Coordinator decides what follows, unless it does not answer.
     fn on_signal(&mut self, number: i32) {
-        if self.tell_server(&Word::Signal(number)) {
-            if self.command.is_some() && !self.ending {
+        let request = self.request(number);
+        if !self.started && self.forestalled.is_none() && self.command_end.is_none() {
+            self.forestall(number);
+        }
+        let told = self.tell_server(&Word::Signal(number));
+        match request {
+            Request::Echo => {}
+            Request::First if self.command.is_none() => {}
+            Request::First if !told => self.end_tree(number),
+            Request::First => {
+                self.aim = Some(self.below_us().1);
                 self.arm(ANSWER, Alarm::ServerSilent(number));
             }
-        } else {
-            self.end_tree(number);
+            Request::Second => {
+                self.urgent = true;
+                if told {
+                    self.arm(ANSWER, Alarm::ServerSilent(number));
+                } else {
+                    self.kill_tree();
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, number: i32) -> Request {
+        let now = Instant::now();
+        match self.asked.iter().find(|(known, _)| *known == number) {
+            None => {
+                self.asked.push((number, now));
+                Request::First
+            }
+            Some((_, first)) if now.duration_since(*first) >= SECOND_SIGNAL && !self.urgent => Request::Second,
+            Some(_) => Request::Echo,
+        }
+    }
+
+    /// The end was asked for before the command was started: it never will be. A server that is still getting ready has as
+    /// long as a command would have.
+    fn forestall(&mut self, number: i32) {
+        self.charge.report.debug(format_args!("ending: received signal {number} before the command was started"));
+        self.forestalled = Some(number);
+        self.starter = None;
+        self.arm(self.charge.options.grace_period, Alarm::DrainOver);
+    }
+
+    /// The front process has seen it, because the server cannot.
+    fn on_parent_ended(&mut self) {
+        self.charge.report.debug("ending: the parent process has ended");
+        if !self.tell_server(&Word::ParentEnded) || !self.started {
+            self.end_tree(SIGTERM);
+        } else if self.command.is_some() {
+            self.arm(ANSWER, Alarm::ServerSilent(SIGTERM));
         }
     }
 
     fn on_front_gone(&mut self) {
         self.front_gone = true;
+        self.charge.report.debug("ending: the front process was killed");
         if !self.tell_server(&Word::FrontEnded) || !self.started {
             self.end_tree(SIGTERM);
-        } else {
+        } else if self.command.is_some() {
             self.arm(ANSWER, Alarm::ServerSilent(SIGTERM));
         }
     }
@@ -355,36 +508,60 @@ impl Guardian<'_> {
     fn end_tree(&mut self, number: i32) {
         if !self.ending {
             self.ending = true;
+            self.ending_since = Some(Instant::now());
             self.arm(self.charge.options.grace_period, Alarm::GraceOver);
-            self.arm(LOOK, Alarm::Look);
         }
         // One that waits for its start is told by never being started.
         self.starter = None;
-        self.signal_tree(number);
+        // Before the first signal: what the command starts because of it, in a trap, is its way to end.
+        let aim = self.aim.take();
+        if aim.as_ref().is_some_and(Vec::is_empty) {
+            return;
+        }
+        let targets = aim.unwrap_or_else(|| self.below_us().1);
+        self.signal_all(&targets, number);
+        self.told.extend(targets);
+    }
+
+    /// What the command has started since it was told to end had its time when the command has ended.
+    fn end_rest(&mut self) {
+        let mut rest = self.left();
+        rest.retain(|process| !self.told.iter().any(|told| told.is_same(process)));
+        self.signal_all(&rest, SIGTERM);
+        self.told.extend(rest);
     }
 
     fn kill_tree(&mut self) {
         self.ending = true;
-        self.killing = true;
+        self.ending_since.get_or_insert_with(Instant::now);
         self.starter = None;
-        self.arm(LOOK, Alarm::Look);
-        self.signal_tree(SIGKILL);
+        self.alarms.retain(|(_, alarm)| *alarm != Alarm::GraceOver);
+        self.kill_left();
     }
 
-    fn signal_tree(&self, number: i32) {
-        // Before the first signal: what the command starts because of it, in a trap, is its way to end.
-        let processes = tree::descendants(Pid::this(), &[self.server_pid.as_raw()]);
+    /// Kills what is to end, and sees to it until nothing is left.
+    fn kill_left(&mut self) {
+        if !self.killing {
+            self.killing = true;
+            self.arm(LAST_WAIT, Alarm::LastWaitOver);
+        }
+        self.signal_all(&self.left(), SIGKILL);
+        let wait = self.rounds.wait();
+        self.arm(wait, Alarm::KillAgain);
+    }
+
+    fn signal_all(&self, processes: &[tree::Process], number: i32) {
         // The command's own pid is ours to signal as long as we have not waited for it.
-        if let Some(command) = self.command {
+        if let (Some(command), true) = (self.command, self.ending) {
             tree::signal_child(command, number);
         }
         for process in processes {
             if Some(process.pid) != self.command.map(Pid::as_raw) {
-                tree::signal(&process, number);
+                tree::signal(process, number);
             }
             // One that is stopped would not notice anything but SIGKILL.
-            if number == SIGTERM {
-                tree::signal(&process, SIGCONT);
+            if number != SIGKILL {
+                tree::signal(process, SIGCONT);
             }
         }
     }
@@ -394,7 +571,11 @@ impl Guardian<'_> {
             match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, status)) => self.on_end(pid, CommandEnd::Exited(status)),
                 Ok(WaitStatus::Signaled(pid, signal, _)) => self.on_end(pid, CommandEnd::Killed(signal as i32)),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
+                Ok(WaitStatus::StillAlive) => return,
+                Err(Errno::ECHILD) => {
+                    self.childless = true;
+                    return;
+                }
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(_) => return,
             }
@@ -411,26 +592,57 @@ impl Guardian<'_> {
                 // Nobody will ever say "go".
                 self.starter = None;
             }
-            self.silence_is_broken();
             self.alarms.retain(|(_, alarm)| *alarm != Alarm::DrainOver);
-            if self.outcome.is_none() {
+            if self.outcome.is_none() && !self.server_killed {
                 self.on_crash(end);
+            }
+            // What it was asked last it will not answer any more.
+            let now = Instant::now();
+            for (time, alarm) in &mut self.alarms {
+                if matches!(alarm, Alarm::ServerSilent(_)) {
+                    *time = now;
+                }
             }
         } else if Some(pid) == self.command {
             self.command = None;
-            self.command_end = Some(end);
             if let (CommandEnd::Killed(signal), true) = (end, self.started) {
                 self.charge.report.say(format_args!("external command was killed by signal {signal}"));
-                // It did not end by itself, so neither does it leave anything on purpose.
-                if !self.ending {
-                    self.end_tree(SIGTERM);
-                }
             }
-            self.tell_server(&Word::CommandEnded(end));
-            let patience = self.charge.options.drain_timeout + ANSWER;
-            self.arm(patience, Alarm::DrainOver);
+            // Where it did not end by itself, neither does it leave anything on purpose.
+            let by_itself = matches!(end, CommandEnd::Exited(_)) && self.crash.is_none() && !self.front_gone;
+            if self.started && !by_itself && !self.ending {
+                self.aim = None;
+                self.end_tree(SIGTERM);
+            } else if self.ending && !self.killing {
+                self.end_rest();
+            }
+            self.on_command_end(end);
         }
         // Anybody else is an orphan of the command's tree, and has now been waited for.
+    }
+
+    fn on_command_end(&mut self, end: CommandEnd) {
+        self.command = None;
+        self.command_end = Some(end);
+        self.tell_server(&Word::CommandEnded(end));
+        let options = self.charge.options;
+        let patience = match (self.started, self.urgent) {
+            (_, true) => ANSWER,
+            (true, false) => options.drain_timeout + ANSWER,
+            // There is no client yet.
+            (false, false) => options.grace_period,
+        };
+        // It may be armed already, if the end was asked for before the start.
+        if !self.alarms.iter().any(|(_, alarm)| *alarm == Alarm::DrainOver) {
+            self.arm(patience, Alarm::DrainOver);
+        }
+        if self.ending && self.charge.report.wants(Level::Debug) {
+            let rest = self.left();
+            if !rest.is_empty() {
+                let rest = tree::list(&rest);
+                self.charge.report.debug(format_args!("waiting for the rest of the command's tree: {rest}"));
+            }
+        }
     }
 
     /// The server ended without a word.
@@ -451,10 +663,16 @@ impl Guardian<'_> {
                 self.starter = None;
             }
         }
+        // What it had started, for its clients, goes with it.
+        self.below_us().0.iter().for_each(|helper| {
+            tree::signal(helper, SIGKILL);
+        });
         // Whoever looks for the socket finds none, while the command notices that it is gone.
         self.sweep();
-        if self.command.is_some() && !self.ending {
-            self.arm(CRASH_GRACE.min(self.charge.options.grace_period), Alarm::CrashGraceOver);
+        if self.command.is_some() && self.started && !self.ending {
+            let patience = CRASH_GRACE.min(self.charge.options.grace_period);
+            self.charge.report.debug(format_args!("waiting for the command, {patience:?} at most, to fail by itself"));
+            self.arm(patience, Alarm::CrashGraceOver);
         }
     }
 
@@ -467,19 +685,41 @@ impl Guardian<'_> {
         let now = Instant::now();
         while let Some(index) = self.alarms.iter().position(|(time, _)| *time <= now) {
             match self.alarms.swap_remove(index).1 {
-                Alarm::ServerSilent(number) => self.end_tree(number),
-                Alarm::CrashGraceOver => self.end_tree(SIGTERM),
-                Alarm::GraceOver => self.kill_tree(),
-                Alarm::DrainOver => self.end_server(),
-                Alarm::Look => {
-                    if self.killing {
-                        self.signal_tree(SIGKILL);
+                Alarm::ServerSilent(number) => self.act_for_server(number),
+                Alarm::CrashGraceOver if self.command.is_none() => {}
+                Alarm::CrashGraceOver => {
+                    self.charge.report.debug("the command has not noticed that its server is gone, and is told to end");
+                    self.end_tree(SIGTERM);
+                }
+                Alarm::GraceOver => {
+                    let left = self.left();
+                    if !left.is_empty() {
+                        let (grace, left) = (self.charge.options.grace_period, tree::list(&left));
+                        self.charge.report.debug(format_args!("killing what has not ended within {grace:?}: {left}"));
                     }
-                    if self.ending {
-                        self.arm(LOOK, Alarm::Look);
+                    self.kill_tree();
+                }
+                Alarm::DrainOver => self.end_server(),
+                Alarm::KillAgain => {
+                    if !self.given_up && !self.childless {
+                        self.kill_left();
                     }
                 }
+                Alarm::LastWaitOver => self.give_up(),
             }
+        }
+    }
+
+    /// The server was told of a signal, and did not answer.
+    fn act_for_server(&mut self, number: i32) {
+        if self.server.is_some() {
+            self.charge.report.debug(format_args!("the server does not answer to signal {number}: ending without it"));
+        }
+        if self.urgent {
+            self.kill_tree();
+            self.end_server();
+        } else if self.command.is_some() {
+            self.end_tree(number);
         }
     }
 
@@ -487,9 +727,22 @@ impl Guardian<'_> {
     fn end_server(&mut self) {
         if let Some(server) = self.server {
             self.charge.report.error("the server did not end in time and is killed");
-            self.outcome = Some(self.command_status(1));
+            self.server_killed = true;
             tree::signal_child(server, SIGCONT);
             tree::signal_child(server, SIGKILL);
+        }
+    }
+
+    /// Some of what was killed is still there.
+    fn give_up(&mut self) {
+        let left = self.left();
+        if left.is_empty() && self.command.is_none() {
+            return;
+        }
+        self.charge.report.error(format_args!("cannot end these processes: {}", tree::list(&left)));
+        self.given_up = true;
+        if self.command.is_some() {
+            self.on_command_end(CommandEnd::Killed(SIGKILL));
         }
     }
 
@@ -509,11 +762,23 @@ impl Guardian<'_> {
 
     fn finish(self) -> i32 {
         self.sweep();
-        let status = self.crash.or(self.outcome).unwrap_or(1);
-        let signal = match self.command_end {
-            Some(CommandEnd::Killed(signal)) if status == 128 + signal => signal,
-            _ => 0,
+        let report = &self.charge.report;
+        if !self.childless && !self.ending && report.wants(Level::Debug) {
+            let left = tree::list(&self.below_us().1);
+            report.debug(format_args!("the command has left these behind, without a server: {left}"));
+        }
+        let own = if self.server_killed { self.command_status(1) } else { self.crash.or(self.outcome).unwrap_or(1) };
+        let (status, signal) = match (self.forestalled, own, self.command_end) {
+            (Some(signal), ..) => (128 + signal, signal),
+            (None, status, Some(CommandEnd::Killed(signal))) if status == 128 + signal => (status, signal),
+            (None, status, _) => (status, 0),
         };
+        if let Some(since) = self.ending_since {
+            let took = since.elapsed();
+            report.debug(format_args!("all has ended {took:.3?} after it was told to, exit status {status}"));
+        } else if self.crash.or(self.forestalled).is_some() {
+            report.debug(format_args!("all has ended, exit status {status}"));
+        }
         // The front process may be gone, and then nobody wants to know.
         let _ = self.charge.front_link.say(&Word::Outcome { status, signal });
         status

@@ -20,11 +20,15 @@ pub struct Link(OwnedFd);
 pub enum Word {
     /// Front to guardian, guardian to server: a signal that asks for the end was sent to us.
     Signal(i32),
+    /// Front to guardian: a signal that asks for the end was sent to our whole group, so the command has got it.
+    GroupSignal(i32),
+    /// Front to guardian: a signal was typed at the terminal. The command, while there is one, got it from there.
+    Typed(i32),
     /// Front to guardian: a signal for the command, which means nothing to us.
     PassOn(i32),
     /// Server to front, through the guardian's end: this is my pid.
     ServerPid(i32),
-    /// Guardian to server: this is the command's pid.
+    /// Guardian to server and front: this is the command's pid.
     CommandPid(i32),
     /// Server to guardian, which hands it on unread: clients can connect, the command may start. See
     /// [`super::command::Errand`].
@@ -37,6 +41,9 @@ pub enum Word {
     CommandEnded(CommandEnd),
     /// Guardian to server: the front process is gone.
     FrontEnded,
+    /// Front to guardian, guardian to server: the parent that the server was to live as long as is gone. Said only where it
+    /// cannot be watched from everywhere.
+    ParentEnded,
     /// Server to guardian: all is done, and this is the exit status. Guardian to front: the same, and whether the command was
     /// killed by a signal.
     Outcome {
@@ -122,6 +129,9 @@ fn encode(word: &Word) -> Vec<u8> {
         Word::CommandEnded(CommandEnd::Killed(signal)) => (8, [*signal, 1], &[]),
         Word::FrontEnded => (9, [0, 0], &[]),
         Word::Outcome { status, signal } => (10, [*status, *signal], &[]),
+        Word::ParentEnded => (11, [0, 0], &[]),
+        Word::GroupSignal(number) => (13, [*number, 0], &[]),
+        Word::Typed(number) => (12, [*number, 0], &[]),
     };
     let mut bytes = vec![tag];
     numbers.iter().for_each(|number| bytes.extend_from_slice(&number.to_ne_bytes()));
@@ -146,6 +156,9 @@ fn decode(bytes: &[u8]) -> Option<Word> {
         8 => Word::CommandEnded(CommandEnd::Killed(first)),
         9 => Word::FrontEnded,
         10 => Word::Outcome { status: first, signal: second },
+        11 => Word::ParentEnded,
+        12 => Word::Typed(first),
+        13 => Word::GroupSignal(first),
         _ => return None,
     })
 }
@@ -159,6 +172,8 @@ mod tests {
         let (here, there) = Link::pair().unwrap();
         let words = [
             Word::Signal(15),
+            Word::GroupSignal(15),
+            Word::Typed(2),
             Word::PassOn(10),
             Word::ServerPid(12),
             Word::CommandPid(13),
@@ -168,6 +183,7 @@ mod tests {
             Word::CommandEnded(CommandEnd::Exited(3)),
             Word::CommandEnded(CommandEnd::Killed(9)),
             Word::FrontEnded,
+            Word::ParentEnded,
             Word::Outcome { status: 130, signal: 2 },
         ];
         for word in &words {

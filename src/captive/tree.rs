@@ -7,18 +7,44 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::time::Duration;
 
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// A process that was found: its number, its parent's, and when it started, which together no other ever has.
+/// A process that was found: its number, its parent's and its session's, and when it started. Number and start together no
+/// other process ever has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process {
     /// Its number.
     pub pid: i32,
+    /// Its session's: that of whoever called setsid(2) last above it.
+    pub session: i32,
     parent: i32,
     started: u64,
     zombie: bool,
+}
+
+impl Process {
+    /// Whether this is the process that `other` was. Its parent may have changed since.
+    pub fn is_same(&self, other: &Process) -> bool {
+        (self.pid, self.started) == (other.pid, other.started)
+    }
+}
+
+/// Whether `pid` is a process below `ancestor`, and not below `except` nor that itself.
+pub fn is_below(pid: i32, ancestor: i32, except: i32) -> bool {
+    let mut current = look_at(pid);
+    // A chain cannot be longer than there are processes; this one changes while it is walked.
+    for _ in 0..1000 {
+        match current {
+            None => return false,
+            Some(process) if process.pid == except => return false,
+            Some(process) if process.parent == ancestor => return true,
+            Some(process) => current = look_at(process.parent),
+        }
+    }
+    false
 }
 
 /// Everything that descends from `root`, parents before children, without `root`, without zombies, and without the subtrees
@@ -86,9 +112,46 @@ fn look_at(pid: i32) -> Option<Process> {
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?;
     let parent = fields.next()?.parse().ok()?;
-    // The start time is the 22nd field of all; two are before the name's end and two were taken.
-    let started = fields.nth(17)?.parse().ok()?;
-    Some(Process { pid, parent, started, zombie: matches!(state, "Z" | "X") })
+    // Behind the parent's number comes the group's.
+    let session = fields.nth(1)?.parse().ok()?;
+    // The start time is the 22nd field of all; two are before the name's end and four were taken.
+    let started = fields.nth(15)?.parse().ok()?;
+    Some(Process { pid, session, parent, started, zombie: matches!(state, "Z" | "X") })
+}
+
+/// Numbers and names of processes, for people.
+pub fn list(processes: &[Process]) -> String {
+    let one = |process: &Process| {
+        let name = fs::read(format!("/proc/{}/comm", process.pid)).unwrap_or_default();
+        let name = String::from_utf8_lossy(&name);
+        format!("{} ({})", process.pid, name.trim_end().escape_debug())
+    };
+    processes.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// When to look again at processes that are being killed: at once, because they may be forking, and ever more seldom, because
+/// what does not go then waits for a disk or a network, and may for minutes.
+#[derive(Debug, Clone, Copy)]
+pub struct Rounds(Duration);
+
+impl Rounds {
+    /// Ready for the first round.
+    pub fn new() -> Rounds {
+        Rounds(Duration::from_millis(5))
+    }
+
+    /// How long to wait until the next round.
+    pub fn wait(&mut self) -> Duration {
+        let wait = self.0;
+        self.0 = (wait * 2).min(Duration::from_secs(1));
+        wait
+    }
+}
+
+impl Default for Rounds {
+    fn default() -> Rounds {
+        Rounds::new()
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +172,11 @@ mod tests {
         let shell = found.iter().position(|process| process.pid == pid).unwrap();
         let sleep = found.iter().position(|process| process.parent == pid).unwrap();
         assert!(shell < sleep);
+        let session = nix::unistd::getsid(None).unwrap().as_raw();
+        assert_eq!([found[shell].session, found[sleep].session], [session; 2]);
+        assert!(is_below(found[sleep].pid, Pid::this().as_raw(), 0) && is_below(found[sleep].pid, pid, 0));
+        assert!(!is_below(found[sleep].pid, Pid::this().as_raw(), pid) && !is_below(1, pid, 0));
+        assert_eq!(list(&found[sleep..=sleep]), format!("{} (sleep)", found[sleep].pid));
         assert!(!descendants(Pid::this(), &[pid]).iter().any(|process| process.parent == pid));
         assert!(signal(&found[shell], 9) && signal(&found[sleep], 9));
         child.wait().unwrap();

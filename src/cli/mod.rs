@@ -117,7 +117,7 @@ pub struct Options {
     pub export_name: OsString,
     /// `--filter`, the first one being next to the client.
     pub filters: Vec<OsString>,
-    /// `-f`, or implied by `--run` or `--exit-with-parent`.
+    /// `-f`, or implied by `--run`, `-s` or `--exit-with-parent`.
     pub foreground: bool,
     /// `--grace-period`: how long the command may take after it was told to end.
     pub grace_period: Duration,
@@ -143,6 +143,8 @@ pub struct Options {
     pub read_only: bool,
     /// `--run`: a command for the shell.
     pub run: Option<OsString>,
+    /// `-s`: one client, on stdin and stdout. Never together with `port`, `unix` or `run`.
+    pub single: bool,
     /// `-t`; none is the server's choice, and so is 0.
     pub threads: Option<NonZeroU32>,
     /// `--timeout`: how long a client may take to negotiate; none is for ever, and so is 0.
@@ -188,6 +190,7 @@ impl Default for Options {
             print_uri: false,
             read_only: false,
             run: None,
+            single: false,
             threads: None,
             timeout: None,
             tls: if TLS_BUILT_IN { Tls::On } else { Tls::Off },
@@ -230,6 +233,8 @@ pub enum UsageError {
     NoPluginToDump,
     /// Options that exclude each other.
     Combination,
+    /// An option that says where to listen, where the sockets came with the process.
+    Activated(&'static str),
 }
 
 impl UsageError {
@@ -269,6 +274,7 @@ impl fmt::Display for UsageError {
             UsageError::NoPluginToDump => {
                 "--dump-plugin wants a plugin; to find out about the server use --dump-config".to_owned()
             }
+            UsageError::Activated(option) => format!("cannot use socket activation with {option} flag"),
             UsageError::Combination => {
                 "--dump-plugin, -p, --run, -s, -U or --vsock options cannot be used in this combination".to_owned()
             }
@@ -439,13 +445,16 @@ fn finish(request: Request, options: &mut Options, current_directory: Option<&Pa
             _ => Ok(()),
         };
     }
-    if options.port.is_some() && options.unix.is_some() {
+    let alone = options.port.is_none() && options.unix.is_none() && options.run.is_none();
+    let alone = alone && request != Request::DumpPlugin;
+    if (options.port.is_some() && options.unix.is_some()) || (options.single && !alone) {
         return Err(UsageError::Combination);
     }
     if options.run.is_some() && options.port.is_none() {
         options.unix.get_or_insert(Unix::Private);
     }
-    options.foreground |= options.run.is_some() || options.exit_with_parent != ExitWithParent::No;
+    let stays = options.run.is_some() || options.single || options.exit_with_parent != ExitWithParent::No;
+    options.foreground |= stays;
     if let Some(Unix::Path(path)) = &mut options.unix {
         make_absolute(path, current_directory)?;
     }
@@ -453,6 +462,21 @@ fn finish(request: Request, options: &mut Options, current_directory: Option<&Pa
         make_absolute(path, current_directory)?;
     }
     Ok(())
+}
+
+/// What the command line must not say where the sockets to listen on came with the process.
+pub fn check_activated(options: &Options) -> Result<(), UsageError> {
+    let given = [
+        (options.run.is_some(), "--run"),
+        (options.ip_address.is_some(), "-i"),
+        (options.port.is_some(), "-p"),
+        (options.single, "-s"),
+        (options.unix.is_some(), "-U"),
+    ];
+    match given.into_iter().find(|(given, _)| *given) {
+        Some((_, option)) => Err(UsageError::Activated(option)),
+        None => Ok(()),
+    }
 }
 
 /// Symbolic links, `.` and `..` stay as they are, as in nbdkit: the path need not exist yet.
@@ -662,6 +686,27 @@ mod tests {
         let options = served(&["-p", "1", "null", "--run", ""]);
         assert_eq!((options.unix, options.run), (None, Some("".into())));
         assert_eq!(served(&["-Ux", "null", "--run", "true"]).unix, Some(Unix::Path("/here/x".into())));
+    }
+
+    #[test]
+    fn a_single_client_implies_the_foreground_and_excludes_what_says_where_to_listen() {
+        for word in ["-s", "--single", "--stdin"] {
+            let options = served(&[word, "memory"]);
+            assert!(options.single && options.foreground && options.unix.is_none());
+        }
+        for others in [&["-p", "1"][..], &["-U", "-"], &["--run", "true"], &["--dump-plugin"]] {
+            let words = [&["-s", "memory"], others].concat();
+            assert_eq!(parse_words(&words).expect_err("excluded"), UsageError::Combination);
+        }
+    }
+
+    #[test]
+    fn sockets_that_came_with_the_process_exclude_what_says_where_to_listen() {
+        assert_eq!(check_activated(&served(&["-f", "-P", "pid", "memory"])), Ok(()));
+        for (word, flag) in [("--run=true", "--run"), ("-i::1", "-i"), ("-p1", "-p"), ("-s", "-s"), ("-Us", "-U")] {
+            let error = check_activated(&served(&[word, "memory"])).expect_err("excluded");
+            assert_eq!(error.to_string(), format!("cannot use socket activation with {flag} flag"));
+        }
     }
 
     #[test]

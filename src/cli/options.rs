@@ -253,6 +253,12 @@ pub static OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec { short: None, long: &["short-options"], help: "", effect: Effect::AskAtOnce(Request::ShortOptions) },
     OptionSpec {
+        short: Some('s'),
+        long: &["single", "stdin"],
+        help: "Serve one client on stdin and stdout",
+        effect: Effect::Flag(|options| options.single = true),
+    },
+    OptionSpec {
         short: Some('t'),
         long: &["threads"],
         help: "How many requests of a client run at once",

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use async_io::{Async, Timer};
 use nbdcaptive_actors::Event;
-use nbdcaptive_actors::device::Exports;
+use nbdcaptive_actors::device::{Exports, ThreadModel};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
@@ -35,9 +35,9 @@ use pipe::Pipe;
 use process::Process;
 use script::{Script, Verdict};
 
-/// How long a server waits at its start for scripts to say whether the event has happened already. A script that takes
-/// longer, or hangs, is waited for while the server serves.
-const FIRST_RUN: Duration = Duration::from_secs(1);
+/// How long a server waits at its start for scripts to say whether the event has happened already: less than whoever waits
+/// for the server's answer to a signal does. A script that takes longer, or hangs, is waited for while the server serves.
+const FIRST_RUN: Duration = Duration::from_millis(500);
 
 const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
     Parameter { key, value, help, required: false }
@@ -58,6 +58,7 @@ pub static ABOUT: About = About {
         parameter("exit-when-poll", "<SECS>", "run scripts this often, 60 unless given"),
     ],
     magic_key: None,
+    thread_model: ThreadModel::Parallel,
     dump: &[
         ("exitwhen_file_created", "yes"),
         ("exitwhen_file_deleted", "yes"),

@@ -3,6 +3,7 @@
 use crate::layer::{About, Filter};
 
 pub mod exitlast;
+pub mod exitwhen;
 
 /// A filter by name.
 #[derive(Debug)]
@@ -14,7 +15,10 @@ pub struct Entry {
 }
 
 /// Every filter, in alphabetical order, as help lists them.
-pub static ALL: &[Entry] = &[Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) }];
+pub static ALL: &[Entry] = &[
+    Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
+    Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
+];
 
 /// The filter of that name.
 pub fn find(name: &str) -> Option<&'static Entry> {

@@ -89,6 +89,10 @@ struct Disk {
 }
 
 impl Exports for Disk {
+    fn unloads(&self) -> bool {
+        false
+    }
+
     fn open(&self, _client: &Client) -> device::Result<Box<dyn Device>> {
         Ok(Box::new(self.clone()))
     }

@@ -275,6 +275,10 @@ struct Files {
 }
 
 impl Exports for Files {
+    fn unloads(&self) -> bool {
+        false
+    }
+
     fn open(&self, client: &Client) -> device::Result<Box<dyn Device>> {
         let (fd, writable, name) = match &self.place {
             Place::File(path) => {

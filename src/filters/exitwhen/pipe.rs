@@ -2,7 +2,8 @@
 //!
 //! What is asked of epoll is the closing alone, not that there is data: a pipe full of data that nobody reads is quiet, and
 //! so is the epoll descriptor, which in turn is watched as any other. Closed is: no writer is left (a pipe's read end), no
-//! reader is left (its write end), the peer has closed or shut down its sending side (a socket).
+//! reader is left (its write end), the peer has closed or shut down its sending side (a socket). A copy of the other end that
+//! this process or one that it runs was given as well counts as any other: while it is open, nothing is closed.
 //! Source: epoll_ctl(2), pipe(7); nbdkit polls for POLLHUP.
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
