@@ -7,15 +7,27 @@
 mod captive;
 #[path = "black_box/cli.rs"]
 mod cli;
+#[path = "black_box/command.rs"]
+mod command;
+#[path = "black_box/drain.rs"]
+mod drain;
 #[path = "black_box/environment.rs"]
 mod environment;
+#[path = "black_box/exit_when.rs"]
+mod exit_when;
 #[path = "black_box/harness.rs"]
 mod harness;
 #[path = "black_box/lifetime.rs"]
 mod lifetime;
+#[path = "black_box/modes.rs"]
+mod modes;
 #[path = "black_box/protocol.rs"]
 mod protocol;
 #[path = "black_box/raw_client.rs"]
 mod raw_client;
 #[path = "black_box/real_data.rs"]
 mod real_data;
+#[path = "black_box/soak.rs"]
+mod soak;
+#[path = "black_box/terminal.rs"]
+mod terminal;

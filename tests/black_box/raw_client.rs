@@ -138,7 +138,11 @@ pub struct Client {
 
 impl Client {
     pub fn connect(path: &Path) -> Client {
-        let socket = UnixStream::connect(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Client::over(UnixStream::connect(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+    }
+
+    /// A client at a socket that is connected already.
+    pub fn over(socket: UnixStream) -> Client {
         socket.set_read_timeout(Some(DEADLINE)).expect("a deadline is not zero");
         socket.set_write_timeout(Some(DEADLINE)).expect("a deadline is not zero");
         Client {
