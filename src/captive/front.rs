@@ -92,7 +92,7 @@ fn start<'a>(options: &'a Options, inherited: &'a Inherited, report: &'a Report)
     };
     // Should the guardian be killed, what it held comes to us.
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
-    let strangers = tree::descendants(Pid::this(), &[]).iter().map(|process| process.pid).collect();
+    let strangers = tree::children();
     let private = match options.unix {
         Some(Unix::Private) => Some(PrivateDirectory::choose()?),
         _ => None,

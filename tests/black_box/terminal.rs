@@ -47,6 +47,11 @@ impl Terminal {
         launch.inherit(slave);
         launch.in_child(move || {
             nix::unistd::setsid()?;
+            // A test that runs in the background of a script has them ignored, and so would the command.
+            for one in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTSTP] {
+                // SAFETY: no handler is installed.
+                unsafe { nix::sys::signal::signal(one, nix::sys::signal::SigHandler::SigDfl) }?;
+            }
             // SAFETY: plain system calls on a descriptor that `inherit` keeps open until the process has started.
             unsafe {
                 if libc::ioctl(number, libc::TIOCSCTTY, 0) < 0 {
