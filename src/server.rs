@@ -230,6 +230,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         .keepalive(options.keepalive)
         .threads(options.threads.map_or(16, |count| count.get() as usize))
         .workers_per_core()
+        .spin(options.spin)
         .exit_last(lifetime.exit_last)
         .grace_period(options.grace_period)
         .drain_timeout(options.drain_timeout)

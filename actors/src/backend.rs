@@ -326,6 +326,8 @@ impl Backend {
             if replies.segments.len() >= ENOUGH {
                 let full = std::mem::replace(&mut replies, self.fresh());
                 self.hand_up(full).await;
+                // Let it be sent while its data is still in the processor's cache, and its buffer be the next one's.
+                smol::future::yield_now().await;
             }
         }
         if replies.requests > 0 {

@@ -224,9 +224,9 @@ impl Worker {
     fn dispatch(&self, timeout: EpollTimeout, events: &mut [EpollEvent]) -> bool {
         // The only error a wait can meet here is an interruption, after which there are no events.
         let count = self.poller.epoll.wait(events, timeout).unwrap_or(0);
-        // Awake again, before tasks are woken: a thread need not write to itself. Whoever woke us meanwhile has got what it
-        // wanted, for everything is polled after this.
-        self.waker.state.store(AWAKE, Ordering::SeqCst);
+        // Awake again, before tasks are woken: a thread need not write to itself. Only from asleep: that another thread has
+        // notified us must not be forgotten.
+        let _ = self.waker.state.compare_exchange(ASLEEP, AWAKE, Ordering::SeqCst, Ordering::SeqCst);
         for event in &events[..count] {
             if event.data() == WAKE {
                 let _ = self.waker.event.read();

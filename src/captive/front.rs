@@ -165,8 +165,10 @@ impl Front<'_> {
             }
             self.hear();
             if let Some(status) = self.reap() {
-                // What it said last.
+                // What it said last, and what has ended the command and was sent to us as well: both were there before the
+                // guardian's end, and may have come since we looked.
                 self.hear();
+                self.read_signals();
                 return match (self.outcome, status) {
                     (Some((status, signal)), _) => self.leave(status, signal),
                     (None, Some(status)) => status,
@@ -183,6 +185,10 @@ impl Front<'_> {
         let count = if self.outcome.is_some() || self.standing_by.is_some() { 1 } else { 2 };
         // An interruption is as good as a timeout: everything is looked at anyway.
         let _ = poll(&mut fds[..count], timeout);
+        self.read_signals();
+    }
+
+    fn read_signals(&mut self) {
         while let Ok(Some(info)) = self.signals.read_signal() {
             self.on_signal(&info);
         }

@@ -145,6 +145,8 @@ pub struct Options {
     pub run: Option<OsString>,
     /// `-s`: one client, on stdin and stdout. Never together with `port`, `unix` or `run`.
     pub single: bool,
+    /// `--spin`: how long a thread looks for requests before it sleeps, where that pays.
+    pub spin: Duration,
     /// `-t`; none is the server's choice, and so is 0.
     pub threads: Option<NonZeroU32>,
     /// `--timeout`: how long a client may take to negotiate; none is for ever, and so is 0.
@@ -191,6 +193,7 @@ impl Default for Options {
             read_only: false,
             run: None,
             single: false,
+            spin: Duration::from_micros(50),
             threads: None,
             timeout: None,
             tls: if TLS_BUILT_IN { Tls::On } else { Tls::Off },

@@ -259,6 +259,15 @@ pub static OPTIONS: &[OptionSpec] = &[
         effect: Effect::Flag(|options| options.single = true),
     },
     OptionSpec {
+        short: None,
+        long: &["spin"],
+        help: "Time to look for requests before sleeping [50us]",
+        effect: Effect::Value("TIME", |options, value| {
+            options.spin = values::delay("spin", &value.to_string_lossy())?;
+            Ok(())
+        }),
+    },
+    OptionSpec {
         short: Some('t'),
         long: &["threads"],
         help: "How many requests of a client run at once",

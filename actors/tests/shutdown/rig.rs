@@ -214,7 +214,7 @@ impl Rig {
         fs::create_dir(&directory).expect("a new directory in /tmp");
         let listener = UnixListener::bind(directory.join("s")).expect("a socket in it");
         let server = Server::new(Arc::new(disk.clone())).listen(listener).drain_timeout(NEVER);
-        let server = if place == Place::Workers { server.workers(2) } else { server };
+        let server = if place == Place::Workers { server.workers(2).spin(Duration::from_micros(50)) } else { server };
         let executor = Arc::new(Executor::new());
         let running = configure(server).start(&executor).expect("it starts");
         let (stop, stopped) = async_channel::bounded(1);
