@@ -18,6 +18,7 @@
 //! | `daemon.rs` | going into the background |
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
+//! | `page_cache.rs` | whether a file's data can be had without waiting |
 //! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
 
 pub mod captive;
@@ -28,6 +29,7 @@ pub mod filters;
 pub mod inherited;
 pub mod layer;
 pub mod listen;
+pub mod page_cache;
 pub mod plugins;
 pub mod program;
 pub mod report;

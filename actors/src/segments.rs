@@ -2,7 +2,9 @@
 //! no other way.
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 /// Memory that a device lends for as long as a reply takes to be sent.
@@ -14,6 +16,8 @@ pub(crate) enum Piece {
     Own(Range<usize>),
     /// A range of memory that a device lent.
     Lent(Shared, Range<usize>),
+    /// So many bytes of a file from an offset.
+    File(Arc<File>, u64, usize),
     /// So many zeroes.
     Zeroes(usize),
 }
@@ -61,6 +65,15 @@ impl Segments {
         self.pieces.push(Piece::Lent(memory, range));
     }
 
+    /// Appends `length` bytes of `file` from `offset`, which go from the page cache to the client without a copy in this
+    /// process. They should be in the cache: whoever sends them waits for a disk otherwise. If the file ends before them the
+    /// connection is closed, for the reply has begun by then. Where SIGPIPE is neither blocked nor ignored, a client that goes
+    /// meanwhile raises it.
+    pub fn file(&mut self, file: Arc<File>, offset: u64, length: usize) {
+        self.length += length;
+        self.pieces.push(Piece::File(file, offset, length));
+    }
+
     /// Appends `length` zeroes.
     pub fn zeroes(&mut self, length: usize) {
         self.length += length;
@@ -80,13 +93,18 @@ impl Segments {
         self.length == 0
     }
 
-    /// A copy of all that was appended: for a filter that changes the data of the next device, and for tests.
+    /// A copy of all that was appended, which reads files and may wait for them; zeroes stand where that fails. For a filter that changes the data of the next device, and for tests.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = Vec::with_capacity(self.length);
         for piece in &self.pieces {
             match piece {
                 Piece::Own(range) => all.extend_from_slice(&self.own[range.clone()]),
                 Piece::Lent(memory, range) => all.extend_from_slice(&(**memory).as_ref()[range.clone()]),
+                Piece::File(file, offset, count) => {
+                    let start = all.len();
+                    all.resize(start + count, 0);
+                    let _ = file.read_exact_at(&mut all[start..], *offset);
+                }
                 Piece::Zeroes(count) => all.resize(all.len() + count, 0),
             }
         }
@@ -138,7 +156,7 @@ impl Segments {
 pub(crate) fn piece_length(piece: &Piece) -> usize {
     match piece {
         Piece::Own(range) | Piece::Lent(_, range) => range.len(),
-        Piece::Zeroes(count) => *count,
+        Piece::File(_, _, count) | Piece::Zeroes(count) => *count,
     }
 }
 

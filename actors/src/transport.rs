@@ -3,13 +3,17 @@
 //! [`Socket`] is the plain one. Whether readiness comes from async-io (on any executor) or from a worker's own epoll
 //! (`worker.rs`) is decided when it is made and seen nowhere else.
 
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::task::{Context, Poll};
 
 use async_io::Async;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{MsgFlags, recv, send, sendmsg};
 
 use crate::worker::Registration;
@@ -23,6 +27,23 @@ pub trait Transport: Send {
 
     /// Sends from the front of `slices`, as much as is taken at once.
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>>;
+
+    /// Sends from `file` at `offset`, at most `length` bytes, as many as are taken at once. `Ok(0)` is the end of the file.
+    /// The default copies through memory.
+    fn poll_send_file(
+        &mut self,
+        cx: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        let mut piece = [0; 16 * 1024];
+        let count = file.read_at(&mut piece[..length.min(16 * 1024)], offset)?;
+        if count == 0 {
+            return Poll::Ready(Ok(0));
+        }
+        self.poll_send(cx, &[IoSlice::new(&piece[..count])])
+    }
 
     /// Says that nothing more will be sent, so that the client sees the end after the last reply.
     fn finish(&mut self);
@@ -91,17 +112,48 @@ impl Transport for Socket {
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         // An embedder may have left SIGPIPE at its default.
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        self.poll_send_by(cx, |fd| match slices {
+            [one] => send(fd.as_raw_fd(), one, flags),
+            _ => sendmsg::<()>(fd.as_raw_fd(), slices, &[], flags, None),
+        })
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn poll_send_file(
+        &mut self,
+        cx: &mut Context<'_>,
+        file: &File,
+        offset: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        let Ok(offset) = i64::try_from(offset) else { return Poll::Ready(Err(io::ErrorKind::InvalidInput.into())) };
+        self.poll_send_by(cx, |fd| sendfile(fd, file, Some(&mut { offset }), length))
+    }
+
+    fn finish(&mut self) {
+        // The client may have gone already, and then there is nobody to tell.
+        let _ = nix::sys::socket::shutdown(self.fd(), nix::sys::socket::Shutdown::Write);
+    }
+}
+
+impl Socket {
+    /// Attempts to send until it worked, or waits for room.
+    fn poll_send_by(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut attempt: impl FnMut(BorrowedFd<'_>) -> nix::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
         loop {
             if let Readiness::Worker(registration) = &self.readiness
                 && !registration.writable(cx)
             {
                 return Poll::Pending;
             }
-            let sent = match slices {
-                [one] => send(self.fd(), one, flags),
-                _ => sendmsg::<()>(self.fd(), slices, &[], flags, None),
+            let fd = match &self.readiness {
+                Readiness::Reactor(source) => source.as_fd(),
+                Readiness::Worker(registration) => registration.as_fd(),
             };
-            match sent {
+            match attempt(fd) {
                 Ok(count) => return Poll::Ready(Ok(count)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => match &self.readiness {
@@ -115,11 +167,6 @@ impl Transport for Socket {
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
         }
-    }
-
-    fn finish(&mut self) {
-        // The client may have gone already, and then there is nobody to tell.
-        let _ = nix::sys::socket::shutdown(self.fd(), nix::sys::socket::Shutdown::Write);
     }
 }
 

@@ -192,6 +192,9 @@ mod tests {
         }
         assert_eq!(there.hear().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         drop(here);
+        // Another test may be starting a program just now, whose process holds a copy until it has become that program.
+        let mut fds = [nix::poll::PollFd::new(there.as_fd(), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).unwrap();
         assert_eq!(there.hear().unwrap(), None);
     }
 }

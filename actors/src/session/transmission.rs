@@ -5,6 +5,7 @@
 //! Source: NBD doc/proto.md "Transmission".
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -229,14 +230,20 @@ impl Transmission {
     fn poll_send(&mut self, cx: &mut Context<'_>, transport: &mut dyn Transport) -> io::Result<bool> {
         let mut any = false;
         while !self.outgoing.is_empty() {
-            let mut slices = [IoSlice::new(&[]); PIECES];
-            let count = self.gather(&mut slices);
-            let sent = match transport.poll_send(cx, &slices[..count]) {
+            let attempt = match self.next_file() {
+                Some((file, offset, length)) => transport.poll_send_file(cx, file, offset, length),
+                None => {
+                    let mut slices = [IoSlice::new(&[]); PIECES];
+                    let count = self.gather(&mut slices);
+                    transport.poll_send(cx, &slices[..count])
+                }
+            };
+            let sent = match attempt {
                 Poll::Ready(sent) => sent?,
                 Poll::Pending => break,
             };
-            if sent == 0 && count > 0 {
-                return Err(io::ErrorKind::WriteZero.into());
+            if sent == 0 {
+                return Err(io::Error::new(io::ErrorKind::WriteZero, "a reply could not be sent to its end"));
             }
             any = true;
             self.patience = None;
@@ -245,7 +252,16 @@ impl Transmission {
         Ok(any)
     }
 
-    /// The next pieces to send.
+    /// What is to be sent next, if it is a piece of a file.
+    fn next_file(&self) -> Option<(&File, u64, usize)> {
+        let (piece, sent) = self.sent;
+        match self.outgoing.front()?.segments.pieces().get(piece)? {
+            Piece::File(file, offset, length) => Some((&**file, offset + sent as u64, length - sent)),
+            _ => None,
+        }
+    }
+
+    /// The next pieces to send, up to one of a file.
     fn gather<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
         let mut count = 0;
         let (first, mut skip) = self.sent;
@@ -255,6 +271,7 @@ impl Transmission {
                 let mut bytes = match piece {
                     Piece::Own(range) => &replies.segments.own()[range.clone()],
                     Piece::Lent(memory, range) => &(**memory).as_ref()[range.clone()],
+                    Piece::File(..) => return count,
                     Piece::Zeroes(length) => {
                         let mut left = length - skip;
                         skip = 0;
