@@ -17,6 +17,7 @@
 //! | `captive/` | `--run`: the front process, the guardian, the command, `$uri` and the shell's variables |
 //! | `daemon.rs` | going into the background |
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
+//! | `user.rs` | becoming another user and group |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
 //! | `page_cache.rs` | whether a file's data can be had without waiting |
 //! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
@@ -35,4 +36,5 @@ pub mod program;
 pub mod report;
 pub mod server;
 pub mod sweeper;
+pub mod user;
 pub mod values;

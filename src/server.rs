@@ -28,6 +28,7 @@ use crate::inherited::{Inherited, all_signals};
 use crate::listen::{self, Listening, PrivateDirectory};
 use crate::report::{Report, print};
 use crate::sweeper::Sweeper;
+use crate::user;
 
 /// Which process this is.
 pub enum Role<'a> {
@@ -208,13 +209,16 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             listen::write_pidfile(path)?;
             report.debug(format_args!("written pidfile {}", path.display()));
         }
+        if user::is_wanted(options) {
+            user::change(options)?;
+        }
         Ok(source)
     };
     let source = match start() {
         Ok(source) => source,
         Err(line) => {
             leftovers.sweep();
-            sweeper.into_iter().for_each(Sweeper::dismiss);
+            sweeper.into_iter().for_each(Sweeper::sweep);
             return Err(system(line));
         }
     };
@@ -351,7 +355,9 @@ impl Ready<'_> {
             report.error(format_args!("cannot serve: {error}"));
             1
         });
-        sweeper.into_iter().for_each(Sweeper::dismiss);
+        // Another user may not remove what the caller made; the sweeper is still the caller's.
+        let swept = !user::is_wanted(options);
+        sweeper.into_iter().for_each(|sweeper| if swept { sweeper.dismiss() } else { sweeper.sweep() });
         status
     }
 }

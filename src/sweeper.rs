@@ -52,6 +52,12 @@ impl Sweeper {
     pub fn dismiss(mut self) {
         // If it was killed, there is nobody to tell.
         let _ = self.pipe.write_all(&[0]);
+        self.sweep();
+    }
+
+    /// Lets the sweeper do its work, unless it was told that this is done, and waits for its end.
+    pub fn sweep(self) {
+        drop(self.pipe);
         while waitpid(self.pid, None) == Err(Errno::EINTR) {}
     }
 

@@ -31,3 +31,5 @@ mod real_data;
 mod soak;
 #[path = "black_box/terminal.rs"]
 mod terminal;
+#[path = "black_box/user.rs"]
+mod user;

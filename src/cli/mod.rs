@@ -119,6 +119,8 @@ pub struct Options {
     pub filters: Vec<OsString>,
     /// `-f`, or implied by `--run`, `-s` or `--exit-with-parent`.
     pub foreground: bool,
+    /// `-g`: a name or a number.
+    pub group: Option<String>,
     /// `--grace-period`: how long the command may take after it was told to end.
     pub grace_period: Duration,
     /// `-i`: an address or a name.
@@ -163,6 +165,8 @@ pub struct Options {
     pub tls_verify_peer: bool,
     /// `-U`, or implied by `--run` without `-p`. Never together with `port`.
     pub unix: Option<Unix>,
+    /// `-u`: a name or a number.
+    pub user: Option<String>,
     /// `-v`
     pub verbose: bool,
     /// The first word that is not an option: a short name or a path. `None` only where the request needs none.
@@ -180,6 +184,7 @@ impl Default for Options {
             export_name: OsString::new(),
             filters: Vec::new(),
             foreground: false,
+            group: None,
             grace_period: Duration::from_secs(5),
             ip_address: None,
             keepalive: false,
@@ -202,6 +207,7 @@ impl Default for Options {
             tls_psk: None,
             tls_verify_peer: false,
             unix: None,
+            user: None,
             verbose: false,
             plugin: None,
             parameters: Vec::new(),

@@ -145,6 +145,15 @@ pub static OPTIONS: &[OptionSpec] = &[
         }),
     },
     OptionSpec {
+        short: Some('g'),
+        long: &["group"],
+        help: "Change to this group, by name or number, once listening",
+        effect: Effect::Value("GROUP", |options, value| {
+            options.group = Some(value.to_string_lossy().into_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec {
         short: None,
         long: &["help"],
         help: "Print this; with a plugin, its parameters too",
@@ -331,6 +340,15 @@ pub static OPTIONS: &[OptionSpec] = &[
         help: "Listen on this Unix socket; - is a private one",
         effect: Effect::Value("SOCKET", |options, value| {
             options.unix = Some(if value == "-" { Unix::Private } else { Unix::Path(PathBuf::from(value)) });
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: Some('u'),
+        long: &["user"],
+        help: "Change to this user, by name or number, once listening",
+        effect: Effect::Value("USER", |options, value| {
+            options.user = Some(value.to_string_lossy().into_owned());
             Ok(())
         }),
     },
