@@ -147,7 +147,7 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('g'),
         long: &["group"],
-        help: "Change to this group, by name or number, once listening",
+        help: "Become this group once listening",
         effect: Effect::Value("GROUP", |options, value| {
             options.group = Some(value.to_string_lossy().into_owned());
             Ok(())
@@ -346,7 +346,7 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('u'),
         long: &["user"],
-        help: "Change to this user, by name or number, once listening",
+        help: "Become this user once listening",
         effect: Effect::Value("USER", |options, value| {
             options.user = Some(value.to_string_lossy().into_owned());
             Ok(())
