@@ -612,6 +612,13 @@ mod paths {
         }
     }
 
+    /// Leaves a socket at which nobody answers. Another test may be starting a program just now, whose process holds a copy of
+    /// the listener until it has become that program.
+    fn dead_socket(path: &Path) {
+        drop(UnixListener::bind(path).expect("a socket in the room"));
+        wait_for("nobody to answer", || UnixStream::connect(path).is_err().then_some(()));
+    }
+
     /// E7: "nobody answers and it is a socket of our uid: take over"
     #[test]
     fn a_dead_socket_is_taken_over() {
@@ -619,7 +626,7 @@ mod paths {
             return;
         }
         let room = Room::new();
-        drop(UnixListener::bind(room.path("socket")).expect("a socket in the room"));
+        dead_socket(&room.path("socket"));
         let server = room.serve(["memory", "1M"]);
         server.simple().expect_alive();
         server.terminate().expect(0);
@@ -634,7 +641,7 @@ mod paths {
         }
         for round in 0..20 {
             let room = Room::new();
-            drop(UnixListener::bind(room.path("s")).expect("a socket in the room"));
+            dead_socket(&room.path("s"));
             let arguments = ["-f", "-U", "s", "memory", "1M"];
             let mut both = [room.server(arguments).start(), room.server(arguments).start()];
             let loser = wait_for("one to fail", || both.iter_mut().position(Running::has_ended));
