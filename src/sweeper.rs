@@ -32,13 +32,10 @@ impl Sweeper {
             Side::Parent(pid) => Ok(Sweeper { pid, pipe }),
             Side::Child => {
                 drop(pipe);
-                std::process::exit(match watch(reader) {
-                    Ok(true) => 0,
-                    _ => {
-                        listen::sweep(options, private, server);
-                        0
-                    }
-                });
+                if !watch(reader).unwrap_or(false) {
+                    listen::sweep(options, private, server);
+                }
+                std::process::exit(0);
             }
         }
     }

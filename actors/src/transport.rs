@@ -20,7 +20,7 @@ use crate::worker::Registration;
 
 /// What a Session talks to its client through.
 ///
-/// Both methods may be called from one task, and a `Pending` from one does not forget the other's.
+/// Receiving and sending may be polled from one task, and a `Pending` from one does not forget the other's.
 pub trait Transport: Send {
     /// Receives into `buffer`. `Ok(0)` is the end of the stream. A short receive means that there is no more for now.
     fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>>;

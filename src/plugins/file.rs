@@ -505,7 +505,6 @@ impl OpenFile {
         Ok(file)
     }
 
-    /// Reads what the page cache has; anything else is for a thread, which also says what is wrong.
     /// Whether the data can be sent without waiting for a disk: all of its pages are in the page cache, and the first and the
     /// last of them, between which a readahead may still be going on, have their data.
     fn is_cached(&self, length: usize, offset: u64) -> bool {
@@ -517,6 +516,7 @@ impl OpenFile {
             && has_data(end - 1)
     }
 
+    /// Reads what the page cache has; anything else is for a thread, which also says what is wrong.
     fn read_now(&self, mut buffer: &mut [u8], mut offset: u64) -> device::Result<()> {
         if buffer.len() > READ_AT_ONCE || !self.can_read_nowait.load(Ordering::Relaxed) {
             return Err(Error::WouldBlock);
