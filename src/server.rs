@@ -551,10 +551,17 @@ pub fn watch(pid: i32, what: &str, report: &Report) -> io::Result<Option<OwnedFd
 
 /// Whether `parent` cannot be who made us: a process shares its maker's session unless it has left it.
 fn is_adopted(parent: i32) -> bool {
-    use nix::unistd::{Pid, getsid};
-    let parent = getsid(Some(Pid::from_raw(parent)));
-    match (getsid(None), parent) {
-        (Ok(own), Ok(parents)) => own != Pid::this() && own != parents,
+    use nix::unistd::{Pid, getpgid, getpgrp, getsid};
+    let maker = Some(Pid::from_raw(parent));
+    match (getsid(None), getsid(maker)) {
+        (Ok(own), Ok(other)) if own != other => own != Pid::this(),
+        // All that live in a small container or virtual machine may be in the session of pid 1, which adopts. A process
+        // shares its maker's group, too, unless it leads one; or unless its maker has a terminal and is a shell that put it
+        // into a pipeline.
+        (Ok(_), Ok(_)) if parent == 1 => {
+            let has_terminal = || tree::find(parent).is_none_or(|parent| parent.has_terminal);
+            getpgrp() != Pid::this() && getpgid(maker).is_ok_and(|group| group != getpgrp()) && !has_terminal()
+        }
         // Outside what we may look at: no reason to think so.
         _ => false,
     }

@@ -20,6 +20,8 @@ pub struct Process {
     pub pid: i32,
     /// Its session's: that of whoever called setsid(2) last above it.
     pub session: i32,
+    /// Whether it has a controlling terminal.
+    pub has_terminal: bool,
     parent: i32,
     started: u64,
     zombie: bool,
@@ -128,9 +130,10 @@ fn look_at(pid: i32) -> Option<Process> {
     let parent = fields.next()?.parse().ok()?;
     // Behind the parent's number comes the group's.
     let session = fields.nth(1)?.parse().ok()?;
-    // The start time is the 22nd field of all; two are before the name's end and four were taken.
-    let started = fields.nth(15)?.parse().ok()?;
-    Some(Process { pid, session, parent, started, zombie: matches!(state, "Z" | "X") })
+    let has_terminal = fields.next()? != "0";
+    // The start time is the 22nd field of all; two are before the name's end and five were taken.
+    let started = fields.nth(14)?.parse().ok()?;
+    Some(Process { pid, session, parent, has_terminal, started, zombie: matches!(state, "Z" | "X") })
 }
 
 /// Numbers and names of processes, for people.

@@ -680,6 +680,13 @@ mod paths {
 mod parents {
     use super::*;
 
+    /// Whether exactly processes of these programs are left.
+    fn are_left(room: &Room, programs: &[&str]) -> bool {
+        let mut left: Vec<_> = room.processes().into_iter().map(|one| one.executable).collect();
+        left.sort();
+        left.iter().filter_map(|executable| executable.file_name()).eq(programs.iter().copied())
+    }
+
     /// Which helper this test program is to be, and what it starts.
     const HELPER: &str = "NBDCAPTIVE_TEST_PARENT";
 
@@ -791,11 +798,28 @@ mod parents {
                 Ok(())
             });
             let reaper = launch.start();
-            wait_for("the server to be gone", || {
-                let is_reaper = fs::read_link(format!("/proc/{}/exe", reaper.pid())).ok()?.ends_with("sleep");
-                (is_reaper && room.server_processes().is_empty()).then_some(())
-            });
+            wait_for("the server to be gone", || are_left(&room, &["sleep"]).then_some(()));
             assert_eq!(reaper.stderr(), "", "round {round}: silent");
+            assert!(!room.path("s").exists(), "round {round}");
+        }
+    }
+
+    /// C8, C7: pid 1 of a small container or machine adopts, and may share its session with everything there
+    #[test]
+    fn the_server_ends_when_its_parent_died_and_pid_1_of_its_session_has_taken_it() {
+        if nbdkit_differs("C8: watches pid 1") {
+            return;
+        }
+        for round in 0..20 {
+            let room = Room::new();
+            // With `set -m` of bash the inner shell leads a group of its own, as what a supervisor starts does.
+            let how = "set -m; sh -c '\"$@\" & exec true' sh \"$@\"; exec sleep 1000";
+            let mut launch = room.tool("unshare", ["--pid", "--fork", "--mount-proc", "--kill-child"]);
+            launch.args(["bash", "-c", how, "sh"]).args([server_path()]);
+            launch.args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
+            let outside = launch.start();
+            wait_for("the server to be gone", || are_left(&room, &["sleep", "unshare"]).then_some(()));
+            assert_eq!(outside.stderr(), "", "round {round}: silent");
             assert!(!room.path("s").exists(), "round {round}");
         }
     }
