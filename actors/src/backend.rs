@@ -57,8 +57,10 @@ pub(crate) struct Replies {
     pub weight: usize,
 }
 
-/// Replies are handed up when they are this long, in bytes, so that their buffers stay of a size that is kept.
-const ENOUGH: usize = 256 * 1024;
+/// Replies are handed up when they are this long, in bytes: the client has something to do while the rest of a batch is
+/// served, and is not done with it when there is room for more. A Unix socket tells of room when three quarters of it are
+/// free again, about 160 KiB; sent in pieces of half of that or more, it would do so only when it is empty.
+const ENOUGH: usize = 32 * 1024;
 /// How much is written at a time where zeroes are emulated, in bytes.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 

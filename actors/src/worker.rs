@@ -206,17 +206,29 @@ impl Worker {
         if !self.spinning.is_worth_it() {
             return false;
         }
-        let until = Instant::now() + self.spinning.limit;
+        let look = |events: &mut [EpollEvent]| {
+            self.dispatch(EpollTimeout::ZERO, events) || self.waker.state.load(Ordering::SeqCst) == NOTIFIED
+        };
+        if look(events) {
+            // Not waited for, so it says nothing of what waiting is worth.
+            return true;
+        }
+        let start = Instant::now();
+        let mut last = start;
         loop {
-            let happened = self.dispatch(EpollTimeout::ZERO, events);
-            if happened || self.waker.state.load(Ordering::SeqCst) == NOTIFIED {
+            let happened = look(events);
+            let now = Instant::now();
+            // Whoever we waited for had this core meanwhile: it would have come by itself, and sooner had we slept.
+            let was_interrupted = now - last > INTERRUPTED;
+            if happened && !was_interrupted {
                 self.spinning.paid_off();
-                return true;
-            }
-            if Instant::now() >= until {
+            } else if happened || now - start >= self.spinning.limit {
                 self.spinning.was_in_vain();
-                return false;
+            } else {
+                last = now;
+                continue;
             }
+            return happened;
         }
     }
 
@@ -249,6 +261,9 @@ struct Spinning {
     in_vain: Cell<u32>,
     sleeps_left: Cell<u32>,
 }
+
+/// How long one look for events takes at most, if this thread is not interrupted: a system call, with room to spare.
+const INTERRUPTED: Duration = Duration::from_micros(8);
 
 impl Spinning {
     fn new(limit: Duration) -> Spinning {
