@@ -18,6 +18,7 @@ use async_channel::{Receiver, Sender};
 use smol::future::or;
 use smol::lock::Mutex;
 
+use crate::blocks::Blocks;
 use crate::buffers::Buffers;
 use crate::coordinator::{self, Cause};
 use crate::device::{
@@ -41,11 +42,12 @@ pub(crate) struct Work {
     pub weight: usize,
 }
 
-/// A piece of a buffer that was received, shared by the requests in it.
-#[derive(Clone)]
-pub(crate) struct Payload {
-    pub buffer: Arc<Vec<u8>>,
-    pub range: Range<usize>,
+/// The data of a write.
+pub(crate) enum Payload {
+    /// A piece of a buffer that was received, shared by the requests in it.
+    Bytes(Arc<Vec<u8>>, Range<usize>),
+    /// Received into blocks, for the device to keep.
+    Blocks(Blocks),
 }
 
 /// Replies on their way up.
@@ -321,7 +323,7 @@ impl Backend {
                 replies.requests += 1;
                 replies.refused += usize::from(work.is_refused_at_end());
                 replies.weight += work.weight;
-                self.recycle(work.payload);
+                recycle(&self.buffers, work.payload);
             } else {
                 self.waiting.push_back(work);
             }
@@ -370,7 +372,7 @@ impl Backend {
             },
             None => None,
         };
-        let payload = work.payload.as_ref().map_or(&[][..], Payload::bytes);
+        let payload = work.payload.as_mut();
         let target = Target { device: &*self.device, agreement: &self.agreement, coordinator: &self.coordinator };
         let answered = answer(target, command, work.cookie, payload, &Call::AT_ONCE, out);
         drop(gate);
@@ -403,24 +405,21 @@ impl Backend {
             });
             let done = pool.done.clone();
             // Detached: its end is the message it sends, which always fits.
+            let mut work = work;
             smol::unblock(move || {
                 let _guard = gate.as_ref().map(|gate| gate.lock_blocking());
-                let payload = work.payload.as_ref().map_or(&[][..], Payload::bytes);
                 let mut flushed = None;
                 let command = work.command.ok();
                 if let Some(command) = command {
                     let target = Target { device: &*device, agreement: &agreement, coordinator: &coordinator };
-                    let answered = answer(target, command, work.cookie, payload, &Call::BLOCKING, &mut segments);
+                    let answered =
+                        answer(target, command, work.cookie, work.payload.as_mut(), &Call::BLOCKING, &mut segments);
                     if let Answer::Failed(why) = &answered {
                         speaker.error(format_args!("{why}"));
                     }
                     flushed = (command == Command::Flush && matches!(answered, Answer::Done)).then_some(returned);
                 }
-                if let Some(payload) = work.payload
-                    && let Some(buffer) = Arc::into_inner(payload.buffer)
-                {
-                    buffers.give_back(buffer);
-                }
+                recycle(&buffers, work.payload);
                 let replies = Replies { segments, requests: 1, refused: 0, weight: work.weight };
                 let _ = done.try_send(Completion { replies, command, flushed });
             })
@@ -443,19 +442,18 @@ impl Backend {
         // A Session that has left wants no replies; the work is done all the same.
         let _ = self.replies.send(replies).await;
     }
-
-    fn recycle(&self, payload: Option<Payload>) {
-        if let Some(payload) = payload
-            && let Some(buffer) = Arc::into_inner(payload.buffer)
-        {
-            self.buffers.give_back(buffer);
-        }
-    }
 }
 
-impl Payload {
-    fn bytes(&self) -> &[u8] {
-        &self.buffer[self.range.clone()]
+/// The last request that shares a buffer gives it back.
+fn recycle(buffers: &Buffers, payload: Option<Payload>) {
+    match payload {
+        Some(Payload::Bytes(buffer, _)) => {
+            if let Some(buffer) = Arc::into_inner(buffer) {
+                buffers.give_back(buffer);
+            }
+        }
+        Some(Payload::Blocks(blocks)) => buffers.give_back_blocks(blocks),
+        None => {}
     }
 }
 
@@ -484,7 +482,7 @@ fn answer(
     Target { device, agreement, coordinator }: Target<'_>,
     command: Command,
     cookie: u64,
-    payload: &[u8],
+    payload: Option<&mut Payload>,
     call: &Call,
     out: &mut Segments,
 ) -> Answer {
@@ -516,7 +514,7 @@ fn carry_out(
     agreement: &Agreement,
     command: Command,
     cookie: u64,
-    payload: &[u8],
+    payload: Option<&mut Payload>,
     call: &Call,
     out: &mut Segments,
 ) -> Result<()> {
@@ -551,7 +549,14 @@ fn carry_out(
             return Ok(());
         }
         Command::Write { offset, fua, .. } => {
-            device.write(payload, offset, native(fua), call)?;
+            match payload {
+                Some(Payload::Bytes(buffer, range)) => {
+                    device.write(&buffer[range.clone()], offset, native(fua), call)?
+                }
+                Some(Payload::Blocks(blocks)) => device.write_blocks(blocks, offset, native(fua), call)?,
+                // Writes of nothing are answered without the device.
+                None => {}
+            }
             flush_after = fua;
         }
         Command::Flush => device.flush(call)?,

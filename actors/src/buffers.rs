@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::blocks::{Block, Blocks};
 use crate::segments::Segments;
 
 /// What one receive takes at most, in bytes: some thousand requests, or sixteen 4 KiB writes.
@@ -13,6 +14,8 @@ pub(crate) const RECEIVE: usize = 64 * 1024;
 const KEPT_PAYLOAD: usize = 1024 * 1024;
 /// How much memory of each kind is kept, in pieces.
 const KEPT: usize = 32;
+/// How many blocks of large writes are kept: 2 MiB.
+const KEPT_BLOCKS: usize = 64;
 /// The largest reply buffer that is kept, in bytes.
 const KEPT_REPLY: usize = 1024 * 1024;
 
@@ -24,6 +27,7 @@ pub(crate) struct Buffers(Arc<Mutex<Spare>>);
 struct Spare {
     receive: Vec<Vec<u8>>,
     payload: Vec<Vec<u8>>,
+    blocks: Vec<Block>,
     replies: Vec<Segments>,
 }
 
@@ -49,6 +53,12 @@ impl Buffers {
         vec![0; length]
     }
 
+    /// Memory for the next `count` blocks behind the first `filled` bytes, of anything. `None`: there is none.
+    pub(crate) fn provide(&self, blocks: &mut Blocks, filled: usize, count: usize) -> Option<()> {
+        let mut spare = self.spare();
+        blocks.provide(filled, count, || spare.blocks.pop().or_else(|| Block::of(&[], &[], &[])))
+    }
+
     /// An empty reply.
     pub(crate) fn reply(&self) -> Segments {
         let spare = self.spare().replies.pop();
@@ -61,6 +71,16 @@ impl Buffers {
         let kept = if buffer.len() == RECEIVE { &mut spare.receive } else { &mut spare.payload };
         if kept.len() < KEPT && buffer.len() <= KEPT_PAYLOAD {
             kept.push(buffer);
+        }
+    }
+
+    /// Takes back what a device has left of the blocks from [`Buffers::provide`].
+    pub(crate) fn give_back_blocks(&self, blocks: Blocks) {
+        let mut spare = self.spare();
+        for block in blocks.into_blocks() {
+            if spare.blocks.len() < KEPT_BLOCKS && !block.bytes().is_empty() {
+                spare.blocks.push(block);
+            }
         }
     }
 

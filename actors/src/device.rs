@@ -25,6 +25,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+pub use crate::blocks::{BLOCK, Block, Blocks};
 pub use crate::extents::{Extents, HOLE, ZERO};
 pub use crate::protocol::ErrorCode;
 pub use crate::segments::{Segments, Shared};
@@ -163,6 +164,8 @@ pub struct Capabilities {
     pub extents: bool,
     /// The medium turns (`NBD_FLAG_ROTATIONAL`).
     pub rotational: bool,
+    /// Large writes come as [`Device::write_blocks`], for the device to keep the memory. Nothing that a client sees.
+    pub takes_blocks: bool,
     /// Block sizes, where the device has any to state.
     pub block_size: Option<BlockSize>,
 }
@@ -202,6 +205,12 @@ pub trait Device: Send + Sync {
     fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
         let _ = (data, offset, flags, call);
         Err(Error::failed(ErrorCode::NotPermitted, "the device is read-only"))
+    }
+
+    /// Writes all of `data`, a large write, at `offset`. The device may take any block and leave another in its place, with
+    /// anything in it, or [`Block::default`]. Called only with [`Capabilities::takes_blocks`]. The default copies and calls [`Device::write`].
+    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.write(&data.to_vec(), offset, flags, call)
     }
 
     /// Puts everything acknowledged so far on stable storage. Called only with [`Capabilities::flush`].
@@ -359,6 +368,9 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
         (**self).write(data, offset, flags, call)
+    }
+    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        (**self).write_blocks(data, offset, flags, call)
     }
     fn flush(&self, call: &Call) -> Result<()> {
         (**self).flush(call)

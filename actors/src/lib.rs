@@ -22,6 +22,7 @@
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
+//! | `blocks.rs` | memory that a large write is received into and that a device may keep |
 //! | `log.rs` | lines for people |
 //!
 //! # Who tells what to whom
@@ -40,6 +41,7 @@
 //! A byte goes `transport` → `session/transmission` → `protocol/transmission` (parsed and checked) → `backend` → device, and
 //! its reply the same way back. A reason to end goes from any actor to `coordinator`, and orders go out from there alone.
 
+pub mod blocks;
 pub mod child_supervisor;
 pub mod coordinator;
 pub mod device;

@@ -4,7 +4,7 @@
 //! (`worker.rs`) is decided when it is made and seen nowhere else.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::task::{Context, Poll};
@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::sendfile::sendfile;
-use nix::sys::socket::{MsgFlags, recv, send, sendmsg};
+use nix::sys::socket::{MsgFlags, recv, recvmsg, send, sendmsg};
 
 use crate::worker::Registration;
 
@@ -22,8 +22,9 @@ use crate::worker::Registration;
 ///
 /// Receiving and sending may be polled from one task, and a `Pending` from one does not forget the other's.
 pub trait Transport: Send {
-    /// Receives into `buffer`. `Ok(0)` is the end of the stream. A short receive means that there is no more for now.
-    fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>>;
+    /// Receives into `slices`, one after the other. `Ok(0)` is the end of the stream. Less than they hold means that there is no
+    /// more for now.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>>;
 
     /// Sends from the front of `slices`, as much as is taken at once.
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>>;
@@ -79,17 +80,18 @@ impl Socket {
 }
 
 impl Transport for Socket {
-    fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
+        let room: usize = slices.iter().map(|slice| slice.len()).sum();
         loop {
             if let Readiness::Worker(registration) = &self.readiness
                 && !registration.readable(cx)
             {
                 return Poll::Pending;
             }
-            match recv(self.fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+            match receive(self.fd(), slices) {
                 Ok(count) => {
                     if let Readiness::Worker(registration) = &self.readiness
-                        && count < buffer.len()
+                        && count < room
                     {
                         registration.drained();
                     }
@@ -112,10 +114,17 @@ impl Transport for Socket {
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         // An embedder may have left SIGPIPE at its default.
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-        self.poll_send_by(cx, |fd| match slices {
+        let attempt = self.poll_send_by(cx, |fd| match slices {
             [one] => send(fd.as_raw_fd(), one, flags),
             _ => sendmsg::<()>(fd.as_raw_fd(), slices, &[], flags, None),
-        })
+        });
+        if let (Poll::Ready(Ok(count)), Readiness::Worker(registration)) = (&attempt, &self.readiness)
+            && *count < slices.iter().map(|slice| slice.len()).sum()
+        {
+            // It would say so the next time.
+            registration.would_block_send()?;
+        }
+        attempt
     }
 
     #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -167,6 +176,13 @@ impl Socket {
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
         }
+    }
+}
+
+fn receive(fd: i32, slices: &mut [IoSliceMut<'_>]) -> nix::Result<usize> {
+    match slices {
+        [one] => recv(fd, one, MsgFlags::MSG_DONTWAIT),
+        _ => recvmsg::<()>(fd, slices, None, MsgFlags::MSG_DONTWAIT).map(|received| received.bytes),
     }
 }
 
@@ -264,19 +280,16 @@ impl Descriptors {
 }
 
 impl Transport for Descriptors {
-    fn poll_receive(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_receive(&mut self, cx: &mut Context<'_>, slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
         let can_wait = matches!(self.input.readiness, Waits::Reactor(_));
         self.input.poll(
             |fd, kind| match kind {
-                Kind::Socket => recv(fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT),
+                Kind::Socket => receive(fd.as_raw_fd(), slices),
                 #[cfg(any(target_os = "linux", target_os = "android"))]
-                Kind::Pipe => without_waiting(rustix::io::preadv2(
-                    fd,
-                    &mut [io::IoSliceMut::new(buffer)],
-                    u64::MAX,
-                    rustix::io::ReadWriteFlags::NOWAIT,
-                )),
-                _ => at_once(fd, PollFlags::POLLIN, can_wait).and_then(|()| nix::unistd::read(fd, buffer)),
+                Kind::Pipe => {
+                    without_waiting(rustix::io::preadv2(fd, slices, u64::MAX, rustix::io::ReadWriteFlags::NOWAIT))
+                }
+                _ => at_once(fd, PollFlags::POLLIN, can_wait).and_then(|()| nix::sys::uio::readv(fd, slices)),
             },
             |source| source.poll_readable(cx),
         )

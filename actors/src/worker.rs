@@ -29,6 +29,8 @@ pub(crate) type Job = Box<dyn FnOnce(&Worker) + Send>;
 
 /// How many events one wait returns at most.
 const EVENTS: usize = 256;
+/// How many turns tasks that have more to do get, one after the other, before it is looked for events, which is a system call.
+const TURNS: usize = 8;
 /// The token of the eventfd by which other threads wake a worker.
 const WAKE: u64 = u64::MAX;
 
@@ -187,9 +189,14 @@ impl Worker {
         let mut cx = Context::from_waker(&waker);
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
-            self.waker.state.store(AWAKE, Ordering::SeqCst);
-            if main.as_mut().poll(&mut cx).is_ready() {
-                return;
+            for _ in 0..TURNS {
+                self.waker.state.store(AWAKE, Ordering::SeqCst);
+                if main.as_mut().poll(&mut cx).is_ready() {
+                    return;
+                }
+                if self.waker.state.load(Ordering::SeqCst) != NOTIFIED {
+                    break;
+                }
             }
             if self.spin(&mut events) {
                 continue;
@@ -368,6 +375,12 @@ impl Registration {
         let ready = self.source.readable.load(Ordering::Relaxed);
         if !ready {
             keep(&mut lock(&self.source.wakers).reader, cx.waker());
+            if self.source.writable.load(Ordering::Relaxed) && self.source.awaits_room.swap(false, Ordering::Relaxed) {
+                // All was sent: back to input alone, because an armed output wakes us for every reply that is read. Not
+                // before, because more often than not the room that there is does not last. Modifying reports anew what
+                // is already there, so no input is missed.
+                let _ = self.poller.epoll.modify(&self.socket, &mut EpollEvent::new(INPUT, self.source.token));
+            }
         }
         ready
     }
@@ -377,10 +390,6 @@ impl Registration {
         let ready = self.source.writable.load(Ordering::Relaxed);
         if !ready {
             keep(&mut lock(&self.source.wakers).writer, cx.waker());
-        } else if self.source.awaits_room.swap(false, Ordering::Relaxed) {
-            // The wait is over: back to input alone, because an armed output wakes us for every reply that is read.
-            // Modifying reports anew what is already there, so no input is missed.
-            let _ = self.poller.epoll.modify(&self.socket, &mut EpollEvent::new(INPUT, self.source.token));
         }
         ready
     }
@@ -394,10 +403,13 @@ impl Registration {
         self.source.readable.store(false, Ordering::Relaxed);
     }
 
-    /// Nothing fits: watches for room, and for nothing else until there is.
+    /// Nothing fits, or no more: watches for room, and for nothing else until there is.
     pub(crate) fn would_block_send(&self) -> io::Result<()> {
         self.source.writable.store(false, Ordering::Relaxed);
-        self.source.awaits_room.store(true, Ordering::Relaxed);
+        if self.source.awaits_room.swap(true, Ordering::Relaxed) {
+            // Armed already, and edges that came since are still to be reported.
+            return Ok(());
+        }
         let mut event = EpollEvent::new(OUTPUT, self.source.token);
         Ok(self.poller.epoll.modify(&self.socket, &mut event)?)
     }

@@ -656,6 +656,7 @@ impl Device for OpenFile {
             cache: Support::Native,
             extents: self.extents,
             rotational: self.block.is_some_and(|block| block.rotational),
+            takes_blocks: false,
             block_size: self.block.and_then(|block| block.size),
         })
     }

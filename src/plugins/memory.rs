@@ -15,8 +15,8 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nbdcaptive_actors::device::{
-    self, BlockSize, Call, Capabilities, Device, Error, ErrorCode, Exports, Extents, Flags, HOLE, Same, Segments,
-    Support, ThreadModel, ZERO,
+    self, BLOCK, Block, BlockSize, Blocks, Call, Capabilities, Device, Error, ErrorCode, Exports, Extents, Flags, HOLE,
+    Same, Segments, Support, ThreadModel, ZERO,
 };
 
 use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
@@ -82,7 +82,7 @@ fn check_allocator(text: &str) -> Result<(), ConfigError> {
 }
 
 /// Bytes of a page, which is what is taken and given back at a time.
-const PAGE: usize = 32 * 1024;
+const PAGE: usize = BLOCK;
 
 /// Children of a node, and slots of a leaf: 2^BITS.
 const FANOUT: usize = 1 << BITS;
@@ -105,73 +105,115 @@ const ZERO_AT_ONCE: u64 = 64 << 20;
 /// microsecond.
 const LOOK_AT_ONCE: u32 = 4096;
 
-/// [`PAGE`] bytes. Not an array: that could be allocated neither without a detour over the stack nor without aborting
-/// where there is no memory.
-struct Page(Vec<u8>);
-
-impl Page {
-    /// Makes a page of three parts, which are [`PAGE`] bytes together. Errors: no memory.
-    fn new(before: &[u8], data: &[u8], after: &[u8]) -> device::Result<Arc<Page>> {
-        let mut bytes = Vec::new();
-        if bytes.try_reserve_exact(PAGE).is_err() {
-            return Err(Error::failed(ErrorCode::NoMemory, "memory: no memory left for what is being written"));
-        }
-        bytes.extend_from_slice(before);
-        bytes.extend_from_slice(data);
-        bytes.extend_from_slice(after);
-        Ok(Arc::new(Page(bytes)))
-    }
+/// Makes a page of three parts, which are [`PAGE`] bytes together. Errors: no memory.
+fn page_of(before: &[u8], data: &[u8], after: &[u8]) -> device::Result<Block> {
+    Block::of(before, data, after)
+        .ok_or_else(|| Error::failed(ErrorCode::NoMemory, "memory: no memory left for what is being written"))
 }
 
-impl AsRef<[u8]> for Page {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
+/// A page, or none. One that was never lent is in the slot itself: who writes a little here and a little there need not look
+/// whether it is shared, which would be one more place in memory that is not in the cache.
+#[derive(Default)]
+enum Page {
+    #[default]
+    Absent,
+    Own(Block),
+    /// Replies have it too, or had it.
+    Lent(Arc<Block>),
+}
+
+impl Page {
+    fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Page::Absent => None,
+            Page::Own(block) => Some(block.bytes()),
+            Page::Lent(block) => Some(block.bytes()),
+        }
+    }
+
+    /// To be changed, if nobody else has it.
+    fn bytes_mut(&mut self) -> Option<&mut [u8]> {
+        if let Page::Lent(_) = self {
+            *self = match std::mem::take(self) {
+                Page::Lent(block) => Arc::try_unwrap(block).map_or_else(Page::Lent, Page::Own),
+                page => page,
+            };
+        }
+        match self {
+            Page::Own(block) => Some(block.bytes_mut()),
+            _ => None,
+        }
+    }
+
+    fn write(&mut self, data: &[u8], start: usize) -> device::Result<()> {
+        let end = start + data.len();
+        if let Some(bytes) = self.bytes_mut() {
+            bytes[start..end].copy_from_slice(data);
+            return Ok(());
+        }
+        let old = self.bytes().unwrap_or(&ZEROES);
+        *self = Page::Own(page_of(&old[..start], data, &old[end..])?);
+        Ok(())
     }
 }
 
 /// A place for a page.
 #[derive(Default)]
-struct Slot(RwLock<Option<Arc<Page>>>);
+struct Slot(RwLock<Page>);
 
 impl Slot {
     // A slot whose holder panicked is still whole: it is a pointer, and a page is bytes.
-    fn shared(&self) -> RwLockReadGuard<'_, Option<Arc<Page>>> {
+    fn shared(&self) -> RwLockReadGuard<'_, Page> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn exclusive(&self) -> RwLockWriteGuard<'_, Option<Arc<Page>>> {
+    fn exclusive(&self) -> RwLockWriteGuard<'_, Page> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, data: &[u8], start: usize) -> device::Result<()> {
-        let mut slot = self.exclusive();
-        let end = start + data.len();
-        if let Some(page) = slot.as_mut().and_then(Arc::get_mut) {
-            page.0[start..end].copy_from_slice(data);
-            return Ok(());
+    /// The page, to be kept as it is for as long as somebody needs it. `None`: it is absent.
+    fn lend(&self) -> Option<Arc<Block>> {
+        match &*self.shared() {
+            Page::Absent => return None,
+            Page::Lent(block) => return Some(Arc::clone(block)),
+            Page::Own(_) => {}
         }
-        let old = slot.as_ref().map_or(&ZEROES[..], |page| &page.0);
-        let new = Page::new(&old[..start], data, &old[end..])?;
-        *slot = Some(new);
-        Ok(())
+        let mut page = self.exclusive();
+        let block = match std::mem::take(&mut *page) {
+            Page::Absent => return None,
+            Page::Own(block) => Arc::new(block),
+            Page::Lent(block) => block,
+        };
+        *page = Page::Lent(Arc::clone(&block));
+        Some(block)
     }
 
+    fn write(&self, data: &[u8], start: usize) -> device::Result<()> {
+        self.exclusive().write(data, start)
+    }
+
+    /// Takes a whole page for its own and leaves the one before in its place, if there was one that nobody else has.
+    fn take(&self, block: &mut Block) {
+        let old = std::mem::replace(&mut *self.exclusive(), Page::Own(std::mem::take(block)));
+        *block = match old {
+            Page::Absent => Block::default(),
+            Page::Own(block) => block,
+            Page::Lent(block) => Arc::into_inner(block).unwrap_or_default(),
+        };
+    }
+
+    /// Gives the page back if it then holds nothing but zeroes.
     fn zero(&self, range: Range<usize>) -> device::Result<()> {
-        let mut slot = self.exclusive();
-        let Some(page) = slot.as_mut() else { return Ok(()) };
-        if range.len() < PAGE {
-            match Arc::get_mut(page) {
-                Some(page) => page.0[range].fill(0),
-                None => *page = Page::new(&page.0[..range.start], &ZEROES[range.clone()], &page.0[range.end..])?,
-            }
-            if page.0 != ZEROES {
-                return Ok(());
-            }
+        let mut page = self.exclusive();
+        let Some(bytes) = page.bytes() else { return Ok(()) };
+        let rest = [&bytes[..range.start], &bytes[range.end..]];
+        if rest.iter().any(|part| **part != ZEROES[..part.len()]) {
+            return page.write(&ZEROES[range.clone()], range.start);
         }
-        let page = slot.take();
+        let empty = std::mem::take(&mut *page);
         // Giving back takes longer than the lock need be held.
-        drop(slot);
         drop(page);
+        drop(empty);
         Ok(())
     }
 }
@@ -232,13 +274,13 @@ impl Disk {
     }
 
     /// Gives the pages of a range in order, each with the part that is meant; `None` reads as zeroes, for so long.
-    fn borrow(&self, length: usize, mut offset: u64, mut give: impl FnMut(Option<Arc<Page>>, Range<usize>)) {
+    fn borrow(&self, length: usize, mut offset: u64, mut give: impl FnMut(Option<Arc<Block>>, Range<usize>)) {
         let end = offset + length as u64;
         while offset < end {
             let (page, range) = match self.find(offset / PAGE as u64) {
                 // No longer than what is asked for, which is a `usize`.
                 Found::Absent(pages) => (None, 0..remaining(offset, pages).min(end - offset) as usize),
-                Found::Slot(slot) => (slot.shared().clone(), within(offset, end - offset)),
+                Found::Slot(slot) => (slot.lend(), within(offset, end - offset)),
             };
             offset += range.len() as u64;
             give(page, range);
@@ -289,6 +331,7 @@ impl Device for Disk {
             cache: Support::Native,
             extents: true,
             rotational: false,
+            takes_blocks: true,
             block_size: Some(BlockSize { minimum: 1, preferred: PAGE as u32, maximum: u32::MAX }),
         })
     }
@@ -314,8 +357,8 @@ impl Device for Disk {
                 Found::Slot(slot) => {
                     let range = within(offset, length);
                     (part, buffer) = buffer.split_at_mut(range.len());
-                    match &*slot.shared() {
-                        Some(page) => part.copy_from_slice(&page.0[range]),
+                    match slot.shared().bytes() {
+                        Some(page) => part.copy_from_slice(&page[range]),
                         None => part.fill(0),
                     }
                 }
@@ -330,7 +373,7 @@ impl Device for Disk {
             return self.read(reply.space(length), offset, call);
         }
         self.borrow(length, offset, |page, range| match page {
-            Some(page) if range.len() < LEND => reply.space(range.len()).copy_from_slice(&page.0[range]),
+            Some(page) if range.len() < LEND => reply.space(range.len()).copy_from_slice(&page.bytes()[range]),
             Some(page) => reply.shared(page, range),
             None => reply.zeroes(range.len()),
         });
@@ -347,6 +390,22 @@ impl Device for Disk {
             self.slot(offset / PAGE as u64).write(part, range.start)?;
             data = rest;
             offset += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> device::Result<()> {
+        // Under a filter that shifts offsets the borders of these blocks are none of a page.
+        let fits = data.start() == offset as usize % PAGE;
+        let mut offset = offset;
+        for (block, part) in data.parts() {
+            let length = part.len() as u64;
+            if fits && part.len() == PAGE {
+                self.slot(offset / PAGE as u64).take(block);
+            } else {
+                self.write(&block.bytes()[part], offset, flags, call)?;
+            }
+            offset += length;
         }
         Ok(())
     }
@@ -390,9 +449,9 @@ impl Device for Disk {
                         return Err(Error::WouldBlock);
                     }
                     let range = within(offset, PAGE as u64);
-                    let flags = match &*slot.shared() {
+                    let flags = match slot.shared().bytes() {
                         None => HOLE | ZERO,
-                        Some(page) if page.0[range.clone()] == ZEROES[range.clone()] => ZERO,
+                        Some(page) if page[range.clone()] == ZEROES[range.clone()] => ZERO,
                         Some(_) => 0,
                     };
                     (range.len() as u64, flags)
@@ -423,7 +482,7 @@ mod tests {
                 match node.get() {
                     None => 0,
                     Some(Node::Inner(children)) => children.iter().map(count).sum(),
-                    Some(Node::Leaf(slots)) => slots.iter().filter(|slot| slot.shared().is_some()).count(),
+                    Some(Node::Leaf(slots)) => slots.iter().filter(|slot| slot.shared().bytes().is_some()).count(),
                 }
             }
             count(&self.root)
@@ -530,7 +589,7 @@ mod tests {
         let mut reply = Segments::default();
         disk.read_segments(&mut reply, PAGE, 2 * P, NOW).unwrap();
         let Found::Slot(slot) = disk.find(2) else { panic!("it was written") };
-        let page = Arc::downgrade(slot.shared().as_ref().expect("it was written"));
+        let page = Arc::downgrade(&slot.lend().expect("it was written"));
         disk.zero(1 << 30, 0, NONE, &Call::BLOCKING).unwrap();
         assert_eq!(disk.live_pages(), 0);
         assert!(page.upgrade().is_some());
@@ -626,11 +685,11 @@ mod tests {
         assert_eq!(extents.list().iter().map(|extent| extent.length).sum::<u64>(), 1 << 30);
     }
 
-    type Lent = Vec<(Option<Arc<Page>>, Range<usize>)>;
+    type Lent = Vec<(Option<Arc<Block>>, Range<usize>)>;
 
     fn content(reply: &Lent) -> Vec<u8> {
-        let part = |(page, range): &(Option<Arc<Page>>, Range<usize>)| match page {
-            Some(page) => page.0[range.clone()].to_vec(),
+        let part = |(page, range): &(Option<Arc<Block>>, Range<usize>)| match page {
+            Some(page) => page.bytes()[range.clone()].to_vec(),
             None => vec![0; range.len()],
         };
         reply.iter().flat_map(part).collect()

@@ -66,6 +66,7 @@ impl Device for Nothing {
             cache: Support::Native,
             extents: true,
             rotational: false,
+            takes_blocks: false,
             block_size: None,
         })
     }

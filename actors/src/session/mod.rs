@@ -287,7 +287,7 @@ impl Input {
 
 /// Receives some bytes; `Ok(0)` is the end of the stream. Dropped, it has taken nothing.
 async fn receive(transport: &mut dyn Transport, buffer: &mut [u8]) -> std::io::Result<usize> {
-    poll_fn(|cx| transport.poll_receive(cx, buffer)).await
+    poll_fn(|cx| transport.poll_receive(cx, &mut [std::io::IoSliceMut::new(buffer)])).await
 }
 
 /// Sends all of `bytes`. Dropped, some of them may have been sent.

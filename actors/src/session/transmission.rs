@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::future::poll_fn;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -19,6 +19,7 @@ use smol::stream::Stream;
 
 use super::{End, Input};
 use crate::backend::{Batch, Payload, Replies, Work};
+use crate::blocks::{BLOCK, Blocks};
 use crate::buffers::{Buffers, RECEIVE};
 use crate::coordinator::{Orders, Watch};
 use crate::extents::MAX_EXTENTS;
@@ -50,6 +51,13 @@ const FAREWELLS: usize = 64;
 const EXTENT: usize = 8;
 /// How many pieces one send takes.
 const PIECES: usize = 64;
+/// How many pieces one receive takes: more than a socket holds.
+const SLICES: usize = 16;
+/// From here on a write is large, in bytes: it is received into blocks where the device takes them.
+const LARGE: usize = 2 * BLOCK;
+/// How much is received behind the data of a large write, in bytes. The next one's data follows its header, and what of it is
+/// received here has to be copied.
+const BEHIND_LARGE: usize = 4096;
 /// The most data of a refused write that is read over; a client that announces more is cut off. Source: nbdkit
 /// server/protocol.c `skip_over_write_buffer`.
 const MAX_SKIP: u32 = 2 * MAX_PAYLOAD;
@@ -86,10 +94,43 @@ pub(super) struct Transmission {
 }
 
 struct Partial {
-    request: Request,
+    cookie: u64,
     command: Command,
-    buffer: Vec<u8>,
+    data: Data,
+    /// How many of how many bytes have come.
     filled: usize,
+    length: usize,
+}
+
+/// Where the data of a write goes that did not come whole.
+enum Data {
+    Bytes(Vec<u8>),
+    Blocks(Blocks),
+}
+
+impl Partial {
+    fn is_whole(&self) -> bool {
+        self.filled == self.length
+    }
+
+    /// Takes what it needs of `bytes`, or what there is memory for. How much that was.
+    fn fill(&mut self, mut bytes: &[u8], buffers: &Buffers) -> usize {
+        let before = self.filled;
+        let mut take = |piece: &mut [u8]| {
+            let count = piece.len().min(bytes.len());
+            piece[..count].copy_from_slice(&bytes[..count]);
+            bytes = &bytes[count..];
+            self.filled += count;
+        };
+        match &mut self.data {
+            Data::Bytes(buffer) => take(&mut buffer[before..self.length]),
+            Data::Blocks(blocks) => {
+                let _ = buffers.provide(blocks, before, SLICES);
+                blocks.rest(before).for_each(take);
+            }
+        }
+        self.filled - before
+    }
 }
 
 /// Whether more is wanted from the client.
@@ -198,7 +239,7 @@ impl Transmission {
     async fn read_over(&mut self, transport: &mut dyn Transport) {
         let mut buffer = self.buffers.receive();
         for _ in 0..FAREWELLS {
-            let received = poll_fn(|cx| match transport.poll_receive(cx, &mut buffer) {
+            let received = poll_fn(|cx| match transport.poll_receive(cx, &mut [IoSliceMut::new(&mut buffer)]) {
                 Poll::Ready(received) => Poll::Ready(received.unwrap_or(0)),
                 Poll::Pending => Poll::Ready(0),
             });
@@ -393,32 +434,59 @@ impl Transmission {
         self.batch.is_empty() && self.owed < MAX_OWED && self.requests < MAX_REQUESTS
     }
 
-    /// One receive, to where the next bytes belong: `None` at the end of the stream, else whether there may be more.
+    /// One receive, to where the next bytes belong: the rest of a write's data, and what is behind it. `None` at the end of the
+    /// stream, else whether there may be more.
     fn poll_receive_once(
         &mut self,
         cx: &mut Context<'_>,
         transport: &mut dyn Transport,
     ) -> Poll<io::Result<Option<bool>>> {
-        if let Some(partial) = &mut self.partial {
-            let length = partial.request.length as usize;
-            let count = ready!(transport.poll_receive(cx, &mut partial.buffer[partial.filled..length]))?;
-            partial.filled += count;
-            return Poll::Ready(Ok((count > 0).then_some(partial.filled == length)));
-        }
-        let input = &mut self.input;
+        let Transmission { partial, input, buffers, .. } = self;
         if input.buffer.is_empty() {
-            input.buffer = self.buffers.receive();
+            input.buffer = buffers.receive();
             (input.start, input.end) = (0, 0);
         } else if input.end == input.buffer.len() || input.start == input.end {
             // What is left is less than a request's header; it moves to the front.
             input.buffer.copy_within(input.start..input.end, 0);
             (input.start, input.end) = (0, input.end - input.start);
         }
-        let space = &mut input.buffer[input.end..];
-        let size = space.len();
-        let count = ready!(transport.poll_receive(cx, space))?;
-        input.end += count;
-        Poll::Ready(Ok((count > 0).then_some(count == size)))
+        let wanted = partial.as_ref().map_or(0, |partial| partial.length - partial.filled);
+        let mut slices: [IoSliceMut<'_>; SLICES] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+        let mut count = 0;
+        let mut behind = &mut input.buffer[input.end..];
+        if let Some(partial) = partial {
+            match &mut partial.data {
+                Data::Bytes(buffer) => {
+                    slices[0] = IoSliceMut::new(&mut buffer[partial.filled..partial.length]);
+                    count = 1;
+                }
+                Data::Blocks(blocks) => {
+                    buffers.provide(blocks, partial.filled, SLICES - 1).ok_or(io::ErrorKind::OutOfMemory)?;
+                    for (slice, piece) in slices[..SLICES - 1].iter_mut().zip(blocks.rest(partial.filled)) {
+                        *slice = IoSliceMut::new(piece);
+                        count += 1;
+                    }
+                }
+            }
+            if partial.length >= LARGE {
+                let most = behind.len().min(BEHIND_LARGE);
+                behind = &mut behind[..most];
+            }
+        }
+        let space = |slices: &[IoSliceMut<'_>]| slices.iter().map(|slice| slice.len()).sum::<usize>();
+        if space(&slices[..count]) == wanted {
+            slices[count] = IoSliceMut::new(behind);
+            count += 1;
+        }
+        let room = space(&slices[..count]);
+        let received = ready!(transport.poll_receive(cx, &mut slices[..count]))?;
+        // What the data still wants comes first.
+        let data = received.min(wanted);
+        if let Some(partial) = partial {
+            partial.filled += data;
+        }
+        input.end += received - data;
+        Poll::Ready(Ok((received > 0).then_some(received == room)))
     }
 
     /// Makes requests of the bytes that are there, and leaves those of a request that is not there whole. Whether any bytes
@@ -426,11 +494,16 @@ impl Transmission {
     fn parse(&mut self) -> Result<bool, End> {
         let mut used = false;
         let mut whole = Vec::new();
-        if let Some(partial) = self.partial.take_if(|partial| partial.filled == partial.request.length as usize) {
+        if let Some(partial) = self.partial.take_if(|partial| partial.is_whole()) {
             used = true;
-            let length = partial.filled;
-            let payload = Payload { buffer: Arc::new(partial.buffer), range: 0..length };
-            self.push(partial.request.cookie, Ok(partial.command), Some(payload), length);
+            let (payload, weight) = match partial.data {
+                Data::Bytes(buffer) => (Payload::Bytes(Arc::new(buffer), 0..partial.length), partial.length),
+                Data::Blocks(blocks) => {
+                    let weight = blocks.weight();
+                    (Payload::Blocks(blocks), weight)
+                }
+            };
+            self.push(partial.cookie, Ok(partial.command), Some(payload), weight);
         }
         while self.partial.is_none() && self.listening != Listening::No && self.has_room() {
             let here = self.input.bytes();
@@ -504,13 +577,27 @@ impl Transmission {
             self.input.start += length;
             self.push(request.cookie, Ok(command), None, length);
         } else {
-            let mut buffer = self.buffers.payload(length);
-            let filled = here.len();
-            buffer[..filled].copy_from_slice(here);
-            self.input.start += filled;
-            self.partial = Some(Partial { request, command, buffer, filled });
+            let data = self.place(command, length);
+            let mut partial = Partial { cookie: request.cookie, command, data, filled: 0, length };
+            let here = self.input.bytes();
+            if partial.fill(here, &self.buffers) < here.len() {
+                return Err(End::Lost(io::ErrorKind::OutOfMemory.into()));
+            }
+            self.input.start = self.input.end;
+            self.partial = Some(partial);
         }
         Ok(())
+    }
+
+    /// Memory for the data of a write.
+    fn place(&self, command: Command, length: usize) -> Data {
+        if let Command::Write { offset, .. } = command
+            && length >= LARGE
+            && self.agreement.offered.takes_blocks
+        {
+            return Data::Blocks(Blocks::new(offset, length));
+        }
+        Data::Bytes(self.buffers.payload(length))
     }
 
     /// Gives the receive buffer to the requests whose data is in it; what is behind them moves to a new one.
@@ -533,7 +620,7 @@ impl Transmission {
         self.batch[whole[0].0].weight += unused;
         self.owed += unused;
         for (index, range) in whole {
-            self.batch[index].payload = Some(Payload { buffer: Arc::clone(&buffer), range });
+            self.batch[index].payload = Some(Payload::Bytes(Arc::clone(&buffer), range));
         }
     }
 
