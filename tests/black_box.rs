@@ -21,6 +21,8 @@ mod harness;
 mod lifetime;
 #[path = "black_box/modes.rs"]
 mod modes;
+#[path = "black_box/pressure.rs"]
+mod pressure;
 #[path = "black_box/protocol.rs"]
 mod protocol;
 #[path = "black_box/raw_client.rs"]

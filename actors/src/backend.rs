@@ -1,8 +1,9 @@
 //! Owns the device of one connection and carries out what the Session hands down, batch by batch.
 //!
 //! A request that the device answers at once costs no task and no thread. One that would wait goes to a pool of threads, at
-//! most so many at a time, and its reply comes when it comes. Runs on the thread of its Session; ends when the Session has
-//! closed the work channel and every request has returned, after a last flush where one is due and the device's close.
+//! most so many at a time, and its reply comes when it comes. Runs on the thread of its Session, spell by spell: it rests when the Session
+//! has closed the work channel and every request has returned. At the client's end it flushes once more where that is due, and
+//! closes the device.
 //! A device that panics is answered for with an error, and is a fatal cause for the Coordinator: what it shares with other
 //! clients may be half done.
 //! Source of the emulations: nbdkit server/plugins.c.
@@ -27,6 +28,7 @@ use crate::device::{
 };
 use crate::log::Speaker;
 use crate::protocol::transmission::{self, Agreement, Command, Refusal};
+use crate::session::Surroundings;
 
 /// Requests on their way down, in the order in which they came.
 pub(crate) type Batch = Vec<Work>;
@@ -179,7 +181,6 @@ pub(crate) struct Backend {
     buffers: Buffers,
     speaker: Speaker,
     coordinator: coordinator::Handle,
-    replies: Sender<Replies>,
     waiting: VecDeque<Work>,
     running: usize,
     /// Only while something is running, because it is the largest thing here and most clients are idle.
@@ -237,16 +238,8 @@ enum Event {
 }
 
 impl Backend {
-    /// `threads` is how many requests may wait at a time, at least one.
-    pub(crate) fn new(
-        opened: Opened,
-        agreement: Agreement,
-        gates: &Gates,
-        threads: usize,
-        buffers: Buffers,
-        speaker: Speaker,
-        replies: Sender<Replies>,
-    ) -> Backend {
+    pub(crate) fn new(opened: Opened, agreement: Agreement, surroundings: &Surroundings, speaker: Speaker) -> Backend {
+        let Surroundings { gates, buffers, rules, .. } = surroundings;
         let gate = (gates.model == ThreadModel::SerializeAllRequests).then(|| Arc::clone(&gates.one));
         let parallel = gates.model == ThreadModel::Parallel;
         Backend {
@@ -254,11 +247,10 @@ impl Backend {
             device: opened.device,
             agreement,
             gate,
-            threads: if parallel { threads.max(1) } else { 1 },
-            buffers,
+            threads: if parallel { rules.threads.max(1) } else { 1 },
+            buffers: buffers.clone(),
             speaker,
             coordinator: opened.coordinator,
-            replies,
             waiting: VecDeque::new(),
             running: 0,
             pool: None,
@@ -266,10 +258,13 @@ impl Backend {
         }
     }
 
-    /// Serves until `work` is closed and everything has returned; then flushes the device, if it was written to since it was
-    /// flushed, and closes it. The result is that of the last flush and the close. Dropped before that, requests on the pool
-    /// still finish; their replies are lost, and the device is not closed.
-    pub(crate) async fn run(mut self, work: Receiver<Batch>, draining: impl Fn() -> bool) -> Result<()> {
+    pub(crate) fn agreement(&self) -> Agreement {
+        self.agreement
+    }
+
+    /// Serves until `work` is closed and everything has returned. Dropped before that, requests on the pool still finish; their
+    /// replies are lost.
+    pub(crate) async fn run(&mut self, work: Receiver<Batch>, replies: Sender<Replies>, draining: impl Fn() -> bool) {
         let mut open = true;
         while open || self.running > 0 {
             let finished = async {
@@ -285,16 +280,16 @@ impl Backend {
                 finished.await
             };
             match event {
-                Event::Work(batch) => self.serve(batch).await,
+                Event::Work(batch) => self.serve(batch, &replies).await,
                 Event::Done(first) => {
-                    self.completed(first).await;
+                    hand_up(&replies, self.completed(first)).await;
                     while let Some(Ok(next)) = self.pool.as_ref().map(|pool| pool.completions.try_recv()) {
-                        self.completed(next).await;
+                        hand_up(&replies, self.completed(next)).await;
                     }
                 }
                 Event::NoMoreWork => open = false,
             }
-            if self.replies.is_closed() && draining() {
+            if replies.is_closed() && draining() {
                 // A client that was cut off was promised nothing of what has not begun, and the end waits for us.
                 self.waiting.clear();
             }
@@ -303,6 +298,11 @@ impl Backend {
                 self.pool = None;
             }
         }
+    }
+
+    /// Flushes the device, if it was written to since it was flushed, and closes it. The result is that of the flush and the
+    /// close. Dropped before its end, both go on.
+    pub(crate) async fn close(self) -> Result<()> {
         // Not only at the server's end: whether this client is the last, by which the server ends, is not known yet.
         let flush = self.written.is_dirty() && self.agreement.offered.flush;
         let Backend { device, coordinator, .. } = self;
@@ -316,7 +316,7 @@ impl Backend {
     }
 
     /// Answers what can be answered at once and keeps the rest.
-    async fn serve(&mut self, batch: Batch) {
+    async fn serve(&mut self, batch: Batch, up: &Sender<Replies>) {
         let mut replies = self.fresh();
         for mut work in batch {
             if self.try_at_once(&mut work, &mut replies.segments) {
@@ -329,13 +329,13 @@ impl Backend {
             }
             if replies.segments.len() >= ENOUGH {
                 let full = std::mem::replace(&mut replies, self.fresh());
-                self.hand_up(full).await;
+                hand_up(up, full).await;
                 // Let it be sent while its data is still in the processor's cache, and its buffer be the next one's.
                 smol::future::yield_now().await;
             }
         }
         if replies.requests > 0 {
-            self.hand_up(replies).await;
+            hand_up(up, replies).await;
         } else {
             self.buffers.give_back_reply(replies.segments);
         }
@@ -427,7 +427,7 @@ impl Backend {
         }
     }
 
-    async fn completed(&mut self, completion: Completion) {
+    fn completed(&mut self, completion: Completion) -> Replies {
         self.running -= 1;
         if let Some(returned) = completion.flushed {
             self.written.flushed(returned);
@@ -435,13 +435,13 @@ impl Backend {
         if let Some(command) = completion.command {
             self.written.note(command);
         }
-        self.hand_up(completion.replies).await;
+        completion.replies
     }
+}
 
-    async fn hand_up(&self, replies: Replies) {
-        // A Session that has left wants no replies; the work is done all the same.
-        let _ = self.replies.send(replies).await;
-    }
+async fn hand_up(up: &Sender<Replies>, replies: Replies) {
+    // A Session that has left wants no replies; the work is done all the same.
+    let _ = up.send(replies).await;
 }
 
 /// The last request that shares a buffer gives it back.

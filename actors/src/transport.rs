@@ -26,6 +26,13 @@ pub trait Transport: Send {
     /// more for now.
     fn poll_receive(&mut self, cx: &mut Context<'_>, slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>>;
 
+    /// Ready when a receive is worth trying. The default tries at once; who can say more lets a client that asks for nothing
+    /// cost next to nothing.
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let _ = cx;
+        Poll::Ready(Ok(()))
+    }
+
     /// Sends from the front of `slices`, as much as is taken at once.
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>>;
 
@@ -108,6 +115,14 @@ impl Transport for Socket {
                 },
                 Err(error) => return Poll::Ready(Err(error.into())),
             }
+        }
+    }
+
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &self.readiness {
+            Readiness::Reactor(source) => source.poll_readable(cx),
+            Readiness::Worker(registration) if registration.readable(cx) => Poll::Ready(Ok(())),
+            Readiness::Worker(_) => Poll::Pending,
         }
     }
 

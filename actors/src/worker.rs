@@ -142,6 +142,8 @@ impl Worker {
     pub(crate) fn spawn(&self, session: impl Future<Output = ()> + 'static) {
         let load = Arc::clone(&self.load);
         let alive = self.alive.borrow().clone();
+        // Boxed, because what a block captures and awaits would be in it twice.
+        let session = Box::pin(session);
         // Detached: a session tells the Coordinator of its end itself, and the executor lives as long as the thread.
         self.executor
             .spawn(async move {

@@ -8,7 +8,7 @@ mod transmission;
 
 use std::fmt;
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -18,6 +18,8 @@ use async_channel::Receiver;
 use event_listener::Event;
 use smol::future::or;
 
+use self::handshake::Agreed;
+use self::transmission::{Spell, Transmission};
 use crate::backend::{self, Backend, Gates, Replies};
 use crate::buffers::Buffers;
 use crate::coordinator::{self, Cause, Message, Orders};
@@ -136,30 +138,37 @@ impl Drop for Visit {
 
 /// Serves one client from the greeting to the end. Dropped before its end, the connection closes and requests that were on
 /// a thread finish unanswered.
-pub(crate) async fn run(mut visit: Visit, mut transport: Box<dyn Transport>, surroundings: Surroundings) {
-    let speaker = surroundings.speaker.of(visit.id);
-    speaker.debug(format_args!("accepted connection"));
-    let end = serve(&mut *transport, &surroundings, &speaker, &mut visit).await;
-    match &end {
-        // Nobody else can tell whoever started a server for one client.
-        End::Lost(_) | End::Disconnected if visit.is_only && !visit.negotiated => {
-            speaker.error(format_args!("the client left before it had negotiated a session"));
+#[expect(clippy::manual_async_fn, reason = "that would hold each argument twice, and most clients are idle")]
+pub(crate) fn run(
+    mut visit: Visit,
+    mut transport: Box<dyn Transport>,
+    surroundings: Surroundings,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        let speaker = surroundings.speaker.of(visit.id);
+        speaker.debug(format_args!("accepted connection"));
+        let end = serve(&mut *transport, &surroundings, &speaker, &mut visit).await;
+        match &end {
+            // Nobody else can tell whoever started a server for one client.
+            End::Lost(_) | End::Disconnected if visit.is_only && !visit.negotiated => {
+                speaker.error(format_args!("the client left before it had negotiated a session"));
+            }
+            // A probe: somebody looked whether there is a server, and left.
+            End::Lost(error) if !visit.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
+            End::Lost(_) | End::Broken(_) | End::TooSlow | End::Stalled => speaker.error(format_args!("{end}")),
+            End::Disconnected | End::Drained => speaker.debug(format_args!("{end}")),
         }
-        // A probe: somebody looked whether there is a server, and left.
-        End::Lost(error) if !visit.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
-        End::Lost(_) | End::Broken(_) | End::TooSlow | End::Stalled => speaker.error(format_args!("{end}")),
-        End::Disconnected | End::Drained => speaker.debug(format_args!("{end}")),
+        // Before the Coordinator hears of it: whoever sees the server gone sees the connection closed.
+        drop(transport);
+        let is_no_fault = match &end {
+            End::Disconnected | End::Drained => true,
+            // A client that went, however it did, is no fault; one that is there and takes no replies is.
+            End::Lost(error) => error.kind() != std::io::ErrorKind::BrokenPipe && is_departure(error),
+            End::Broken(_) | End::TooSlow | End::Stalled => false,
+        };
+        visit.served = visit.negotiated && is_no_fault;
+        drop(visit);
     }
-    // Before the Coordinator hears of it: whoever sees the server gone sees the connection closed.
-    drop(transport);
-    let is_no_fault = match &end {
-        End::Disconnected | End::Drained => true,
-        // A client that went, however it did, is no fault; one that is there and takes no replies is.
-        End::Lost(error) => error.kind() != std::io::ErrorKind::BrokenPipe && is_departure(error),
-        End::Broken(_) | End::TooSlow | End::Stalled => false,
-    };
-    visit.served = visit.negotiated && is_no_fault;
-    drop(visit);
 }
 
 /// As [`run`], for the only client of a server, which ends with it.
@@ -184,7 +193,7 @@ async fn serve(
     speaker: &Speaker,
     visit: &mut Visit,
 ) -> End {
-    let Surroundings { rules, buffers, orders, .. } = surroundings;
+    let Surroundings { orders, .. } = surroundings;
     // Told to stop now, nothing is waited for: what is on a thread finishes there and its result is lost.
     let closed_at_once = async {
         orders.closing().await;
@@ -197,31 +206,16 @@ async fn serve(
     visit.coordinator.tell(Message::SessionNegotiated(visit.id));
     visit.negotiated = true;
 
-    // As many as may be under way, so that handing up does not wait for the client.
-    let (work, work_inbox) = async_channel::bounded(transmission::BATCHES);
-    let (replies, replies_inbox) = async_channel::bounded(transmission::BATCHES);
-    let backend = Backend::new(
-        agreed.opened,
-        agreed.agreement,
-        &surroundings.gates,
-        rules.threads,
-        buffers.clone(),
-        speaker.clone(),
-        replies,
-    );
-    let handed_up = replies_inbox.clone();
-    let transmission =
-        transmission::Transmission::new(agreed.agreement, agreed.left_over, buffers.clone(), work, replies_inbox);
-    // Boxed, so that a client in its handshake does not pay for what comes after.
-    let sending = transmission.run(transport, orders, speaker);
-    let serving = backend.run(work_inbox, || orders.is_draining());
-    let both = Box::pin(together(sending, serving, handed_up));
+    let Agreed { opened, agreement, left_over, turn } = agreed;
+    let backend = Backend::new(opened, agreement, surroundings, speaker.clone());
     let closed_at_once = async {
         orders.closing().await;
         (End::Drained, Ok(()))
     };
-    let (end, closed) = or(closed_at_once, both).await;
-    drop(agreed.turn);
+    // Boxed, so that they are not here twice.
+    let attending = Box::pin(attend(Box::new(backend), left_over, transport, surroundings, speaker));
+    let (end, closed) = or(closed_at_once, attending).await;
+    drop(turn);
     if let Err(error) = closed {
         speaker.error(format_args!("closing the device: {error}"));
         visit.failure = Some(error.to_string());
@@ -229,14 +223,66 @@ async fn serve(
     end
 }
 
+/// Transmission, spell by spell, and then the device's close.
+async fn attend(
+    mut backend: Box<Backend>,
+    mut input: Input,
+    transport: &mut dyn Transport,
+    surroundings: &Surroundings,
+    speaker: &Speaker,
+) -> (End, crate::device::Result<()>) {
+    loop {
+        if input.bytes().is_empty() {
+            input = Input::default();
+            stirred(transport, &surroundings.orders).await;
+        }
+        // Boxed, so that a client that rests does not pay for it.
+        let input = std::mem::take(&mut input);
+        match Box::pin(spell(&mut backend, input, transport, surroundings, speaker)).await {
+            Spell::Rests => {}
+            Spell::Ended(end) => return (end, Box::pin(backend.close()).await),
+        }
+    }
+}
+
+/// Waits until there is something to do: bytes from the client, or the server's end.
+async fn stirred(transport: &mut dyn Transport, orders: &Orders) {
+    let mut draining = orders.watch_draining();
+    poll_fn(|cx| {
+        let drains = draining.poll(cx).is_ready();
+        // What is wrong with the stream shows when it is read.
+        if drains { Poll::Ready(()) } else { transport.poll_readable(cx).map(drop) }
+    })
+    .await;
+}
+
+/// Serves the client until it has asked for nothing for a while, or to its end. What this takes (channels, buffers, the two
+/// futures) is gone afterwards: of ten thousand clients few are busy.
+async fn spell(
+    backend: &mut Backend,
+    input: Input,
+    transport: &mut dyn Transport,
+    surroundings: &Surroundings,
+    speaker: &Speaker,
+) -> Spell {
+    let Surroundings { buffers, orders, .. } = surroundings;
+    // As many as may be under way, so that handing up does not wait for the client.
+    let (work, work_inbox) = async_channel::bounded(transmission::BATCHES);
+    let (replies, replies_inbox) = async_channel::bounded(transmission::BATCHES);
+    let handed_up = replies_inbox.clone();
+    let transmission = Transmission::new(backend.agreement(), input, buffers.clone(), work, replies_inbox);
+    let sending = pin!(transmission.run(transport, orders, speaker));
+    let serving = pin!(backend.run(work_inbox, replies, || orders.is_draining()));
+    together(sending, serving, handed_up).await.0
+}
+
 /// Runs Session and Backend in one task. What the Backend has handed up is sent in the same turn in which the requests were
 /// handed down, without a round through the executor.
 async fn together<A, B>(
-    sending: impl Future<Output = A>,
-    serving: impl Future<Output = B>,
+    mut sending: Pin<&mut impl Future<Output = A>>,
+    mut serving: Pin<&mut impl Future<Output = B>>,
     handed_up: Receiver<Replies>,
 ) -> (A, B) {
-    let (mut sending, mut serving) = (pin!(sending), pin!(serving));
     let (mut sent, mut served) = (None, None);
     let mut handed_up = Some(handed_up);
     poll_fn(|cx| {

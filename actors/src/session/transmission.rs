@@ -44,6 +44,9 @@ const REQUEST_COST: usize = 256;
 /// reads at all takes something in that time, so that one which does not (it is stopped, or gone without a word, or waits to
 /// send before it reads) costs the end a second and not the whole drain. While the server is not ending it may take its time.
 const STALL: Duration = Duration::from_secs(1);
+/// How long a client asks for nothing until it rests, at least, and at most twice as long. Long beside the microseconds that
+/// the next spell takes to begin, and short where thousands of clients come one after another.
+const LULL: Duration = Duration::from_millis(250);
 /// How many receives at the end of a session are given to what the client has sent in vain. On TCP a close with bytes unread
 /// resets the connection, and the last replies could be lost with it.
 const FAREWELLS: usize = 64;
@@ -91,6 +94,25 @@ pub(super) struct Transmission {
     draining: bool,
     /// Runs while the server is ending and the client takes nothing of what waits for it. Boxed: an idle session has none.
     patience: Option<Box<Timer>>,
+    /// Ticks to find out whether the client rests.
+    lull: Timer,
+    /// Something has moved since the last tick.
+    busy: bool,
+}
+
+/// Why there is nothing more to do.
+enum Over {
+    Rests,
+    /// Everything was answered, and nothing more is listened to.
+    Done,
+}
+
+/// How a spell of work for the client was over.
+pub(super) enum Spell {
+    /// It has asked for nothing for a while, and is owed nothing.
+    Rests,
+    /// The session has ended.
+    Ended(End),
 }
 
 struct Partial {
@@ -169,33 +191,33 @@ impl Transmission {
             owed: 0,
             draining: false,
             patience: None,
+            lull: Timer::interval(LULL),
+            busy: true,
         }
     }
 
-    /// Runs to the session's end and then closes the work channel, by which the Backend ends. Dropped before that, replies
-    /// are lost.
-    pub(super) async fn run(mut self, transport: &mut dyn Transport, orders: &Orders, speaker: &Speaker) -> End {
+    /// Runs until the client rests or the session ends, and then closes the work channel, by which the Backend stops. Dropped
+    /// before that, replies are lost.
+    pub(super) async fn run(mut self, transport: &mut dyn Transport, orders: &Orders, speaker: &Speaker) -> Spell {
         let mut draining = orders.watch_draining();
-        let end = poll_fn(|cx| self.poll(cx, transport, &mut draining)).await;
+        let over = poll_fn(|cx| self.poll(cx, transport, &mut draining)).await;
+        if let Ok(Over::Rests) = over {
+            return Spell::Rests;
+        }
         transport.finish();
-        if self.draining && end.is_ok() {
+        if self.draining && over.is_ok() {
             self.read_over(transport).await;
         }
-        match end {
-            Ok(()) => {
-                if orders.is_draining() {
-                    End::Drained
-                } else {
-                    End::Disconnected
-                }
-            }
+        Spell::Ended(match over {
+            Ok(_) if orders.is_draining() => End::Drained,
+            Ok(_) => End::Disconnected,
             Err(end) => {
                 if self.requests > 0 {
                     speaker.debug(format_args!("{} requests were not answered", self.requests));
                 }
                 end
             }
-        }
+        })
     }
 
     fn poll(
@@ -203,7 +225,7 @@ impl Transmission {
         cx: &mut Context<'_>,
         transport: &mut dyn Transport,
         draining: &mut Watch,
-    ) -> Poll<Result<(), End>> {
+    ) -> Poll<Result<Over, End>> {
         if !self.draining && draining.poll(cx).is_ready() {
             self.draining = true;
             if self.listening == Listening::Yes {
@@ -216,13 +238,32 @@ impl Transmission {
             moved |= self.hand_down()?;
             moved |= self.poll_receive(cx, transport)?;
             if self.listening == Listening::No && self.requests == 0 {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(Ok(Over::Done));
             }
             if !moved {
-                self.rest();
-                return self.poll_patience(cx).map(|()| Err(End::Stalled));
+                self.give_back_input();
+                return match self.poll_lull(cx) {
+                    Poll::Ready(()) => Poll::Ready(Ok(Over::Rests)),
+                    Poll::Pending => self.poll_patience(cx).map(|()| Err(End::Stalled)),
+                };
+            }
+            self.busy = true;
+        }
+    }
+
+    /// Ready when the client has asked for nothing for a while and is owed nothing.
+    fn poll_lull(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let is_idle = self.listening == Listening::Yes
+            && self.requests == 0
+            && self.skip == 0
+            && self.partial.is_none()
+            && self.input.bytes().is_empty();
+        while is_idle && Pin::new(&mut self.lull).poll_next(cx).is_ready() {
+            if !std::mem::take(&mut self.busy) {
+                return Poll::Ready(());
             }
         }
+        Poll::Pending
     }
 
     /// Ready when the server is ending and the client has taken nothing for too long.
@@ -631,8 +672,8 @@ impl Transmission {
         self.batch.push(Work { cookie, command, payload, weight });
     }
 
-    /// Nothing to do for now: an idle session keeps no buffer.
-    fn rest(&mut self) {
+    /// Nothing to do for now: a session that waits keeps no buffer.
+    fn give_back_input(&mut self) {
         if self.input.start == self.input.end && !self.input.buffer.is_empty() {
             self.buffers.give_back(std::mem::take(&mut self.input.buffer));
             (self.input.start, self.input.end) = (0, 0);
