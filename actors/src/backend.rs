@@ -14,10 +14,11 @@ use std::future::pending;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_channel::{Receiver, Sender};
 use smol::future::or;
-use smol::lock::Mutex;
+use smol::lock::{Mutex, MutexGuardArc, Semaphore, SemaphoreGuardArc};
 
 use crate::blocks::Blocks;
 use crate::buffers::Buffers;
@@ -73,17 +74,76 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 pub(crate) struct Gates {
     model: ThreadModel,
     one: Arc<Mutex<()>>,
+    places: Arc<Places>,
 }
+
+/// How many requests of all clients together may be on threads. smol's pool is one for the whole process and has 500; the
+/// rest is for devices that are opened and closed, so that a device which hangs does not keep new clients out.
+const PLACES: usize = 400;
+
+/// Places on threads, first come, first served.
+struct Places {
+    free: Arc<Semaphore>,
+    /// How many wait for one.
+    queue: AtomicUsize,
+}
+
+impl Places {
+    /// A place, if one is free and nobody waits for it.
+    fn try_take(&self) -> Option<Place> {
+        if self.queue.load(Ordering::Relaxed) > 0 { None } else { self.free.try_acquire_arc() }
+    }
+
+    async fn take(&self) -> Place {
+        struct Leave<'a>(&'a AtomicUsize);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        self.queue.fetch_add(1, Ordering::Relaxed);
+        let _leave = Leave(&self.queue);
+        self.free.acquire_arc().await
+    }
+}
+
+type Place = SemaphoreGuardArc;
+type Turn = MutexGuardArc<()>;
 
 impl Gates {
     pub(crate) fn new(model: ThreadModel) -> Gates {
-        Gates { model, one: Arc::default() }
+        let places = Places { free: Arc::new(Semaphore::new(PLACES)), queue: AtomicUsize::new(0) };
+        Gates { model, one: Arc::default(), places: Arc::new(places) }
     }
 
     /// Waits for the only place there is, where clients are served one after another.
-    pub(crate) async fn enter(&self) -> Option<smol::lock::MutexGuardArc<()>> {
+    pub(crate) async fn enter(&self) -> Option<Turn> {
         match self.model {
             ThreadModel::SerializeConnections => Some(self.one.lock_arc().await),
+            _ => None,
+        }
+    }
+
+    /// Waits until no other call is made, where calls are made one by one: also those that are no requests.
+    pub(crate) async fn alone(&self) -> Option<Turn> {
+        match self.model {
+            ThreadModel::SerializeAllRequests => Some(self.one.lock_arc().await),
+            _ => None,
+        }
+    }
+
+    /// As [`Gates::alone`], if nothing has to be waited for: `Err`.
+    fn try_alone(&self) -> std::result::Result<Option<Turn>, ()> {
+        match self.model {
+            ThreadModel::SerializeAllRequests => self.one.try_lock_arc().map(Some).ok_or(()),
+            _ => Ok(None),
+        }
+    }
+
+    /// As [`Gates::alone`], on a thread that may wait.
+    fn alone_blocking(&self) -> Option<Turn> {
+        match self.model {
+            ThreadModel::SerializeAllRequests => Some(self.one.lock_arc_blocking()),
             _ => None,
         }
     }
@@ -98,6 +158,7 @@ impl Gates {
 /// it: just dropped, the device is never told that it is over.
 pub(crate) struct Opened {
     device: Arc<dyn Device>,
+    gates: Gates,
     coordinator: coordinator::Handle,
     pub size: u64,
     pub offered: Capabilities,
@@ -108,9 +169,12 @@ pub(crate) struct Opened {
 pub(crate) async fn open(
     exports: Arc<dyn Exports>,
     client: Client,
+    gates: Gates,
     coordinator: coordinator::Handle,
 ) -> Result<Opened> {
+    let alone = gates.alone().await;
     smol::unblock(move || {
+        let _alone = alone;
         let device: Arc<dyn Device> = Arc::from(calmly(&coordinator, || exports.open(&client))?);
         let asked = calmly(&coordinator, || {
             let size = device.size()?;
@@ -122,7 +186,7 @@ pub(crate) async fn open(
             Ok((size, settle(offered)))
         });
         match asked {
-            Ok((size, offered)) => Ok(Opened { device, coordinator, size, offered }),
+            Ok((size, offered)) => Ok(Opened { device, gates, coordinator, size, offered }),
             Err(error) => {
                 // It was opened, so it is closed; what was wrong with it first is what counts.
                 let _ = calmly(&coordinator, || device.close());
@@ -150,7 +214,12 @@ fn settle(mut offered: Capabilities) -> Capabilities {
 impl Opened {
     /// Closes a device that was only looked at.
     pub(crate) async fn close(self) -> Result<()> {
-        smol::unblock(move || calmly(&self.coordinator, || self.device.close())).await
+        let alone = self.gates.alone().await;
+        smol::unblock(move || {
+            let _alone = alone;
+            calmly(&self.coordinator, || self.device.close())
+        })
+        .await
     }
 }
 
@@ -176,7 +245,7 @@ pub(crate) struct Backend {
     device: Arc<dyn Device>,
     agreement: Agreement,
     at_once: bool,
-    gate: Option<Arc<Mutex<()>>>,
+    gates: Gates,
     threads: usize,
     buffers: Buffers,
     speaker: Speaker,
@@ -234,19 +303,20 @@ struct Completion {
 enum Event {
     Work(Batch),
     Done(Completion),
+    /// There is room on the threads for one that waits.
+    Placed(Place),
     NoMoreWork,
 }
 
 impl Backend {
     pub(crate) fn new(opened: Opened, agreement: Agreement, surroundings: &Surroundings, speaker: Speaker) -> Backend {
-        let Surroundings { gates, buffers, rules, .. } = surroundings;
-        let gate = (gates.model == ThreadModel::SerializeAllRequests).then(|| Arc::clone(&gates.one));
-        let parallel = gates.model == ThreadModel::Parallel;
+        let Surroundings { buffers, rules, .. } = surroundings;
+        let parallel = opened.gates.model == ThreadModel::Parallel;
         Backend {
             at_once: opened.device.answers_at_once(),
             device: opened.device,
             agreement,
-            gate,
+            gates: opened.gates,
             threads: if parallel { rules.threads.max(1) } else { 1 },
             buffers: buffers.clone(),
             speaker,
@@ -266,7 +336,7 @@ impl Backend {
     /// replies are lost.
     pub(crate) async fn run(&mut self, work: Receiver<Batch>, replies: Sender<Replies>, draining: impl Fn() -> bool) {
         let mut open = true;
-        while open || self.running > 0 {
+        while open || self.running > 0 || !self.waiting.is_empty() {
             let finished = async {
                 match &self.pool {
                     // Its other end is in it too, so it never closes.
@@ -274,11 +344,19 @@ impl Backend {
                     None => pending().await,
                 }
             };
+            let placed = async {
+                if self.waiting.is_empty() || self.running == self.threads {
+                    return pending().await;
+                }
+                Event::Placed(self.gates.places.take().await)
+            };
+            let finished = or(finished, placed);
             let event = if open {
                 or(finished, async { work.recv().await.map_or(Event::NoMoreWork, Event::Work) }).await
             } else {
                 finished.await
             };
+            let mut place = None;
             match event {
                 Event::Work(batch) => self.serve(batch, &replies).await,
                 Event::Done(first) => {
@@ -288,12 +366,13 @@ impl Backend {
                     }
                 }
                 Event::NoMoreWork => open = false,
+                Event::Placed(free) => place = Some(free),
             }
             if replies.is_closed() && draining() {
                 // A client that was cut off was promised nothing of what has not begun, and the end waits for us.
                 self.waiting.clear();
             }
-            self.start_waiting();
+            self.start_waiting(place);
             if self.running == 0 {
                 self.pool = None;
             }
@@ -305,8 +384,10 @@ impl Backend {
     pub(crate) async fn close(self) -> Result<()> {
         // Not only at the server's end: whether this client is the last, by which the server ends, is not known yet.
         let flush = self.written.is_dirty() && self.agreement.offered.flush;
-        let Backend { device, coordinator, .. } = self;
+        let Backend { device, coordinator, gates, .. } = self;
+        let alone = gates.alone().await;
         smol::unblock(move || {
+            let _alone = alone;
             let flushed = if flush { calmly(&coordinator, || device.flush(&Call::BLOCKING)) } else { Ok(()) };
             // Also after a flush that failed.
             let closed = calmly(&coordinator, || device.close());
@@ -365,17 +446,11 @@ impl Backend {
         if !self.at_once || (self.threads == 1 && !(self.waiting.is_empty() && self.running == 0)) {
             return false;
         }
-        let gate = match &self.gate {
-            Some(gate) => match gate.try_lock() {
-                Some(guard) => Some(guard),
-                None => return false,
-            },
-            None => None,
-        };
+        let Ok(alone) = self.gates.try_alone() else { return false };
         let payload = work.payload.as_mut();
         let target = Target { device: &*self.device, agreement: &self.agreement, coordinator: &self.coordinator };
         let answered = answer(target, command, work.cookie, payload, &Call::AT_ONCE, out);
-        drop(gate);
+        drop(alone);
         match answered {
             Answer::Blocked => return false,
             Answer::Done if command == Command::Flush => self.written.flushed(self.written.returned),
@@ -386,14 +461,15 @@ impl Backend {
         true
     }
 
-    /// Puts waiting requests on threads, as many as may be.
-    fn start_waiting(&mut self) {
-        while self.running < self.threads {
-            let Some(work) = self.waiting.pop_front() else { return };
+    /// Puts waiting requests on threads, as many as may be; the first in `place`, if there is one.
+    fn start_waiting(&mut self, mut place: Option<Place>) {
+        while self.running < self.threads && !self.waiting.is_empty() {
+            let Some(place) = place.take().or_else(|| self.gates.places.try_take()) else { return };
+            let Some(mut work) = self.waiting.pop_front() else { return };
             self.running += 1;
             let device = Arc::clone(&self.device);
             let agreement = self.agreement;
-            let gate = self.gate.clone();
+            let gates = self.gates.clone();
             let mut segments = self.buffers.reply();
             let buffers = self.buffers.clone();
             let speaker = self.speaker.clone();
@@ -405,9 +481,8 @@ impl Backend {
             });
             let done = pool.done.clone();
             // Detached: its end is the message it sends, which always fits.
-            let mut work = work;
             smol::unblock(move || {
-                let _guard = gate.as_ref().map(|gate| gate.lock_blocking());
+                let alone = gates.alone_blocking();
                 let mut flushed = None;
                 let command = work.command.ok();
                 if let Some(command) = command {
@@ -420,6 +495,8 @@ impl Backend {
                     flushed = (command == Command::Flush && matches!(answered, Answer::Done)).then_some(returned);
                 }
                 recycle(&buffers, work.payload);
+                // Before it is said, so that whoever hears of it finds both free.
+                drop((alone, place));
                 let replies = Replies { segments, requests: 1, refused: 0, weight: work.weight };
                 let _ = done.try_send(Completion { replies, command, flushed });
             })

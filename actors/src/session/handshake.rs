@@ -252,7 +252,8 @@ impl Handshake<'_> {
         let turn = in_time(&self.surroundings.orders, self.deadline, async { Ok(gates.enter().await) }).await?;
         let base_allocation = self.base_allocation.as_ref() == Some(&name);
         let exports = Arc::clone(&self.surroundings.exports);
-        let opened = match open(exports, self.client(name), self.surroundings.coordinator.clone()).await {
+        let opened = match open(exports, self.client(name), gates.clone(), self.surroundings.coordinator.clone()).await
+        {
             Ok(opened) => opened,
             Err(error) => {
                 self.speaker.error(format_args!("{error}"));
@@ -274,7 +275,12 @@ impl Handshake<'_> {
     ) -> DeviceResult<T> {
         let exports = Arc::clone(&self.surroundings.exports);
         let coordinator = self.surroundings.coordinator.clone();
-        smol::unblock(move || calmly(&coordinator, || question(&*exports, &client))).await
+        let alone = self.surroundings.gates.alone().await;
+        smol::unblock(move || {
+            let _alone = alone;
+            calmly(&coordinator, || question(&*exports, &client))
+        })
+        .await
     }
 
     async fn list(&mut self) {

@@ -81,6 +81,32 @@ fn serialize_all_requests_is_one_at_a_time_for_all_clients() {
     }
 }
 
+/// "only one open/read/write/close (etc) request will be in progress at any time"
+#[test]
+fn serialize_all_requests_holds_for_open_and_for_the_last_flush_and_close() {
+    for place in ONE_THREAD {
+        let disk = Disk::with_model(ThreadModel::SerializeAllRequests, Answers::AtOnce);
+        let rig = Rig::start(place, &disk);
+        let (mut first, mut second) = (rig.client(), rig.client());
+        second.send(&[&request(NBD_CMD_WRITE, 0)[..], &[0; BLOCK as usize]].concat());
+        second.reply();
+        first.ask_for([GATED]);
+        disk.wait_until_at_gate(1);
+        // It leaves, and is owed a flush and a close; another comes.
+        drop(second);
+        let mut third = rig.connect();
+        third.ask_for_export("");
+        rig.wait_until_considered(&third);
+        assert!(!disk.lives().contains(&Life::Closed(2)), "{place:?}");
+        disk.open_gate();
+        first.block();
+        third.enter();
+        third.work(1);
+        wait_for("the close", || disk.lives().contains(&Life::Closed(2)).then_some(()));
+        assert_eq!(disk.requests().most, 1, "{place:?}");
+    }
+}
+
 /// The same on several threads, which all want the one place there is.
 #[test]
 fn serialize_all_requests_holds_under_load_and_gives_everyone_a_turn() {
