@@ -87,10 +87,11 @@ const PAGE: u64 = 4096;
 /// The longest read that is tried at once. Bytes; about 100 us of copying.
 const READ_AT_ONCE: usize = 1 << 20;
 
-/// The longest write that is made at once. Bytes.
-const WRITE_AT_ONCE: usize = 64 * 1024;
+/// The longest write that is made at once. Bytes; about 300 us of copying. On a thread the data would have left the processor's
+/// cache by then.
+const WRITE_AT_ONCE: usize = 1 << 20;
 
-/// A write at once that took longer has met the disk: twenty times what copying [`WRITE_AT_ONCE`] bytes may take.
+/// A write at once that took longer has met the disk: several times what copying [`WRITE_AT_ONCE`] bytes may take.
 const SLOW_WRITE: Duration = Duration::from_millis(2);
 
 /// So many writes go to threads after a slow one, before another is tried at once.
