@@ -225,9 +225,11 @@ impl Worker {
         let start = Instant::now();
         let mut last = start;
         loop {
+            // Whoever wants this core gets it.
+            thread::yield_now();
             let happened = look(events);
             let now = Instant::now();
-            // Whoever we waited for had this core meanwhile: it would have come by itself, and sooner had we slept.
+            // Somebody did: what we waited for would have come by itself, and sooner had we slept.
             let was_interrupted = now - last > INTERRUPTED;
             if happened && !was_interrupted {
                 self.spinning.paid_off();
