@@ -63,9 +63,9 @@ pub(crate) struct Replies {
 }
 
 /// Replies are handed up when they are this long, in bytes: the client has something to do while the rest of a batch is
-/// served, and is not done with it when there is room for more. A Unix socket tells of room when three quarters of it are
-/// free again, about 160 KiB; sent in pieces of half of that or more, it would do so only when it is empty.
-const ENOUGH: usize = 32 * 1024;
+/// served, and is not done with it when there is room for more. A Unix socket tells of room when no more than a quarter of what it
+/// holds, 52 KiB, is left; with larger pieces nothing would be left.
+const ENOUGH: usize = 48 * 1024;
 /// How much is written at a time where zeroes are emulated, in bytes.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
