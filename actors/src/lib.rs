@@ -20,6 +20,7 @@
 //! | `extents.rs`, `segments.rs` | what a device answers with: a map of holes, the data of a read |
 //! | `protocol/` | bytes to types and back, without I/O |
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
+//! | `low_water.rs` | the one socket option that no library sets |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
 //! | `blocks.rs` | memory that a large write is received into and that a device may keep |
@@ -55,6 +56,7 @@ mod backend;
 mod buffers;
 mod exit_policy;
 mod listener;
+mod low_water;
 mod parent_watcher;
 mod server;
 mod session;

@@ -14,8 +14,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::sendfile::sendfile;
-use nix::sys::socket::{MsgFlags, recv, recvmsg, send, sendmsg};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockaddrLike as _, SockaddrStorage, getsockname, recv, recvmsg, send, sendmsg,
+};
 
+use crate::low_water;
 use crate::worker::Registration;
 
 /// What a Session talks to its client through.
@@ -31,6 +34,12 @@ pub trait Transport: Send {
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let _ = cx;
         Poll::Ready(Ok(()))
+    }
+
+    /// Says that fewer than `count` bytes are of no use: who can wait for so many does not wake anybody for each that comes. It
+    /// holds until it is said anew, and is advice: whatever is there is received. The default takes none.
+    fn await_bytes(&mut self, count: usize) {
+        let _ = count;
     }
 
     /// Sends from the front of `slices`, as much as is taken at once.
@@ -60,6 +69,8 @@ pub trait Transport: Send {
 /// A connected stream socket, non-blocking.
 pub struct Socket {
     readiness: Readiness,
+    /// How many bytes make it readable. Only for TCP: Linux looks at that mark for no other sockets.
+    low_water: Option<i32>,
 }
 
 enum Readiness {
@@ -71,11 +82,13 @@ impl Socket {
     /// A socket whose readiness comes from async-io's reactor, for use on any executor.
     /// Errors: it cannot be made non-blocking or be watched.
     pub fn on_reactor(socket: OwnedFd) -> io::Result<Socket> {
-        Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?) })
+        let low_water = is_tcp(&socket).then_some(1);
+        Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?), low_water })
     }
 
     pub(crate) fn on_worker(registration: Registration) -> Socket {
-        Socket { readiness: Readiness::Worker(registration) }
+        let low_water = is_tcp(&registration).then_some(1);
+        Socket { readiness: Readiness::Worker(registration), low_water }
     }
 
     fn fd(&self) -> i32 {
@@ -123,6 +136,18 @@ impl Transport for Socket {
             Readiness::Reactor(source) => source.poll_readable(cx),
             Readiness::Worker(registration) if registration.readable(cx) => Poll::Ready(Ok(())),
             Readiness::Worker(_) => Poll::Pending,
+        }
+    }
+
+    fn await_bytes(&mut self, count: usize) {
+        let count = i32::try_from(count).unwrap_or(i32::MAX);
+        if self.low_water.is_some_and(|mark| mark != count) {
+            self.low_water = Some(count);
+            // Where it fails we are woken more often.
+            let _ = match &self.readiness {
+                Readiness::Reactor(source) => low_water::set(source, count),
+                Readiness::Worker(registration) => low_water::set(registration, count),
+            };
         }
     }
 
@@ -192,6 +217,11 @@ impl Socket {
             }
         }
     }
+}
+
+fn is_tcp(socket: &impl AsFd) -> bool {
+    let address = getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd());
+    address.is_ok_and(|address| matches!(address.family(), Some(AddressFamily::Inet | AddressFamily::Inet6)))
 }
 
 fn receive(fd: i32, slices: &mut [IoSliceMut<'_>]) -> nix::Result<usize> {

@@ -44,6 +44,9 @@ const REQUEST_COST: usize = 256;
 /// reads at all takes something in that time, so that one which does not (it is stopped, or gone without a word, or waits to
 /// send before it reads) costs the end a second and not the whole drain. While the server is not ending it may take its time.
 const STALL: Duration = Duration::from_secs(1);
+/// How much of a large write's data has to be there before it is worth a receive, at most, in bytes. Over TCP each receive also
+/// sends an acknowledgement, which the client's side has to work at.
+const AWAITED: usize = 128 * 1024;
 /// How long a client asks for nothing until it rests, at least, and at most twice as long. Long beside the microseconds that
 /// the next spell takes to begin, and short where thousands of clients come one after another.
 const LULL: Duration = Duration::from_millis(250);
@@ -525,6 +528,8 @@ impl Transmission {
         let data = received.min(wanted);
         if let Some(partial) = partial {
             partial.filled += data;
+            let rest = partial.length - partial.filled;
+            transport.await_bytes(if rest < LARGE { 1 } else { rest.min(AWAITED) });
         }
         input.end += received - data;
         Poll::Ready(Ok((received > 0).then_some(received == room)))
