@@ -817,8 +817,11 @@ mod parents {
             let mut launch = room.tool("unshare", ["--pid", "--fork", "--mount-proc", "--kill-child"]);
             launch.args(["bash", "-c", how, "sh"]).args([server_path()]);
             launch.args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
-            let outside = launch.start();
-            wait_for("the server to be gone", || are_left(&room, &["sleep", "unshare"]).then_some(()));
+            let mut outside = launch.start();
+            wait_for("the server to be gone", || {
+                assert!(!outside.has_ended(), "round {round}: no namespace: {}", outside.stderr());
+                are_left(&room, &["sleep", "unshare"]).then_some(())
+            });
             assert_eq!(outside.stderr(), "", "round {round}: silent");
             assert!(!room.path("s").exists(), "round {round}");
         }
