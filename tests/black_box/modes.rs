@@ -680,12 +680,8 @@ mod paths {
 mod parents {
     use super::*;
 
-    /// Whether exactly processes of these programs are left.
-    fn are_left(room: &Room, programs: &[&str]) -> bool {
-        let mut left: Vec<_> = room.processes().into_iter().map(|one| one.executable).collect();
-        left.sort();
-        left.iter().filter_map(|executable| executable.file_name()).eq(programs.iter().copied())
-    }
+    /// For bash, which reaps what it adopts: until no child is left.
+    const UNTIL_ALONE: &str = "while read -r child < /proc/$$/task/$$/children; [ -n \"$child\" ]; do :; done";
 
     /// Which helper this test program is to be, and what it starts.
     const HELPER: &str = "NBDCAPTIVE_TEST_PARENT";
@@ -791,15 +787,15 @@ mod parents {
         for round in 0..20 {
             let room = Room::new();
             // The outer shell is the subreaper, in another session than the inner one, as a user's systemd is.
-            let how = "setsid sh -c '\"$@\" & exec true' sh \"$@\"; exec sleep 1000";
-            let mut launch = under(&room, how, &["--exit-with-parent", "-U", "s", "memory", "1M"]);
+            let how = format!("setsid sh -c '\"$@\" & exec true' sh \"$@\"; {UNTIL_ALONE}");
+            let mut launch = room.tool("bash", ["-c", &how, "sh"]);
+            launch.args([server_path()]).args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
             launch.in_child(|| {
                 rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
                 Ok(())
             });
-            let reaper = launch.start();
-            wait_for("the server to be gone", || are_left(&room, &["sleep"]).then_some(()));
-            assert_eq!(reaper.stderr(), "", "round {round}: silent");
+            let output = launch.run_to(0);
+            assert_eq!((output.text(), output.stderr.as_str()), ("", ""), "round {round}: silent");
             assert!(!room.path("s").exists(), "round {round}");
         }
     }
@@ -813,16 +809,11 @@ mod parents {
         for round in 0..20 {
             let room = Room::new();
             // With `set -m` of bash the inner shell leads a group of its own, as what a supervisor starts does.
-            let how = "set -m; sh -c '\"$@\" & exec true' sh \"$@\"; exec sleep 1000";
-            let mut launch = room.tool("unshare", ["--pid", "--fork", "--mount-proc", "--kill-child"]);
-            launch.args(["bash", "-c", how, "sh"]).args([server_path()]);
-            launch.args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
-            let mut outside = launch.start();
-            wait_for("the server to be gone", || {
-                assert!(!outside.has_ended(), "round {round}: no namespace: {}", outside.stderr());
-                are_left(&room, &["sleep", "unshare"]).then_some(())
-            });
-            assert_eq!(outside.stderr(), "", "round {round}: silent");
+            let how = format!("set -m; sh -c '\"$@\" & exec true' sh \"$@\"; {UNTIL_ALONE}");
+            let mut launch = room.tool("unshare", ["--pid", "--fork", "--mount-proc", "bash", "-c", &how, "sh"]);
+            launch.args([server_path()]).args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
+            let output = launch.run_to(0);
+            assert_eq!((output.text(), output.stderr.as_str()), ("", ""), "round {round}: silent");
             assert!(!room.path("s").exists(), "round {round}");
         }
     }
