@@ -62,10 +62,6 @@ pub(crate) struct Replies {
     pub weight: usize,
 }
 
-/// Replies are handed up when they are this long, in bytes: the client has something to do while the rest of a batch is
-/// served, and is not done with it when there is room for more. A Unix socket tells of room when no more than a quarter of what it
-/// holds, 52 KiB, is left; with larger pieces nothing would be left.
-const ENOUGH: usize = 48 * 1024;
 /// How much is written at a time where zeroes are emulated, in bytes.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
@@ -332,9 +328,15 @@ impl Backend {
         self.agreement
     }
 
-    /// Serves until `work` is closed and everything has returned. Dropped before that, requests on the pool still finish; their
-    /// replies are lost.
-    pub(crate) async fn run(&mut self, work: Receiver<Batch>, replies: Sender<Replies>, draining: impl Fn() -> bool) {
+    /// Serves until `work` is closed and everything has returned. Replies are handed up when they are `enough` bytes, or all
+    /// that there are. Dropped before that, requests on the pool still finish; their replies are lost.
+    pub(crate) async fn run(
+        &mut self,
+        work: Receiver<Batch>,
+        replies: Sender<Replies>,
+        enough: usize,
+        draining: impl Fn() -> bool,
+    ) {
         let mut open = true;
         while open || self.running > 0 || !self.waiting.is_empty() {
             let finished = async {
@@ -358,7 +360,7 @@ impl Backend {
             };
             let mut place = None;
             match event {
-                Event::Work(batch) => self.serve(batch, &replies).await,
+                Event::Work(batch) => self.serve(batch, &replies, enough).await,
                 Event::Done(first) => {
                     hand_up(&replies, self.completed(first)).await;
                     while let Some(Ok(next)) = self.pool.as_ref().map(|pool| pool.completions.try_recv()) {
@@ -397,7 +399,7 @@ impl Backend {
     }
 
     /// Answers what can be answered at once and keeps the rest.
-    async fn serve(&mut self, batch: Batch, up: &Sender<Replies>) {
+    async fn serve(&mut self, batch: Batch, up: &Sender<Replies>, enough: usize) {
         let mut replies = self.fresh();
         for mut work in batch {
             if self.try_at_once(&mut work, &mut replies.segments) {
@@ -408,7 +410,7 @@ impl Backend {
             } else {
                 self.waiting.push_back(work);
             }
-            if replies.segments.len() >= ENOUGH {
+            if replies.segments.len() >= enough {
                 let full = std::mem::replace(&mut replies, self.fresh());
                 hand_up(up, full).await;
                 // Let it be sent while its data is still in the processor's cache, and its buffer be the next one's.

@@ -271,8 +271,9 @@ async fn spell(
     let (replies, replies_inbox) = async_channel::bounded(transmission::BATCHES);
     let handed_up = replies_inbox.clone();
     let transmission = Transmission::new(backend.agreement(), input, buffers.clone(), work, replies_inbox);
+    let enough = transport.worth_sending();
     let sending = pin!(transmission.run(transport, orders, speaker));
-    let serving = pin!(backend.run(work_inbox, replies, || orders.is_draining()));
+    let serving = pin!(backend.run(work_inbox, replies, enough, || orders.is_draining()));
     together(sending, serving, handed_up).await.0
 }
 
