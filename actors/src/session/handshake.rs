@@ -10,9 +10,9 @@ use smol::Timer;
 use smol::future::or;
 use smol::lock::MutexGuardArc;
 
-use super::{End, Input, Opened, Surroundings, receive, send_all};
+use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{calmly, open};
-use crate::coordinator::Orders;
+use crate::coordinator::{Message, Orders};
 use crate::device::{Client, Exports, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
@@ -54,6 +54,7 @@ struct Handshake<'a> {
     deadline: Option<Instant>,
     /// Where the first device that could not be closed is noted.
     failure: &'a mut Option<String>,
+    id: SessionId,
 }
 
 /// What became of an option.
@@ -68,6 +69,7 @@ pub(super) async fn run(
     transport: &mut dyn Transport,
     surroundings: &Surroundings,
     speaker: &Speaker,
+    id: SessionId,
     failure: &mut Option<String>,
 ) -> Result<Agreed, End> {
     let handshake = Handshake {
@@ -80,6 +82,7 @@ pub(super) async fn run(
         base_allocation: None,
         options_left: MAX_OPTIONS,
         deadline: surroundings.rules.handshake_timeout.and_then(|limit| Instant::now().checked_add(limit)),
+        id,
         failure,
     };
     // Boxed: it is large, and gone as soon as an export is chosen.
@@ -176,6 +179,8 @@ impl Handshake<'_> {
 
     /// Enters transmission, if the client still takes the word for it.
     async fn choose(&mut self, agreed: Agreed) -> Result<Next, End> {
+        // Before the client can know: what happens next, it may have brought about, and it is one who is served to its end.
+        self.surroundings.coordinator.tell(Message::SessionNegotiated(self.id));
         match self.flush().await {
             Ok(()) => Ok(Next::Chosen(Box::new(agreed))),
             Err(end) => {

@@ -199,11 +199,11 @@ async fn serve(
         orders.closing().await;
         Err(End::Drained)
     };
-    let agreed = match or(closed_at_once, handshake::run(transport, surroundings, speaker, &mut visit.failure)).await {
+    let handshake = handshake::run(transport, surroundings, speaker, visit.id, &mut visit.failure);
+    let agreed = match or(closed_at_once, handshake).await {
         Ok(agreed) => agreed,
         Err(end) => return end,
     };
-    visit.coordinator.tell(Message::SessionNegotiated(visit.id));
     visit.negotiated = true;
 
     let Agreed { opened, agreement, left_over, turn } = agreed;
