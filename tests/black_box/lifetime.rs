@@ -134,6 +134,8 @@ mod parent {
             let mut launch = room.tool("sh", ["-c", "\"$@\" > /dev/null 2>&1 &", "sh"]);
             launch.args([server_path()]).args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
             let witness = Witness::new(&mut launch);
+            // Where these tests are run they may share session and group with pid 1, and then nothing tells the two apart.
+            launch.in_child(|| Ok(nix::unistd::setsid().map(drop)?));
             launch.run_to(0);
             witness.wait_until_all_are_gone();
             room.wait_until_nothing_left();
