@@ -121,11 +121,22 @@ impl Gates {
     }
 
     /// Waits until no other call is made, where calls are made one by one: also those that are no requests.
-    pub(crate) async fn alone(&self) -> Option<Turn> {
+    async fn alone(&self) -> Option<Turn> {
         match self.model {
             ThreadModel::SerializeAllRequests => Some(self.one.lock_arc().await),
             _ => None,
         }
+    }
+
+    /// Makes a call that is no request on a thread that may wait, alone where calls are made one by one. Dropped while it waits
+    /// for that, the call is not made; after that it is, and its result is lost.
+    pub(crate) async fn apart<T: Send + 'static>(&self, call: impl FnOnce() -> T + Send + 'static) -> T {
+        let alone = self.alone().await;
+        smol::unblock(move || {
+            let _alone = alone;
+            call()
+        })
+        .await
     }
 
     /// As [`Gates::alone`], if nothing has to be waited for: `Err`.
@@ -168,9 +179,8 @@ pub(crate) async fn open(
     gates: Gates,
     coordinator: coordinator::Handle,
 ) -> Result<Opened> {
-    let alone = gates.alone().await;
-    smol::unblock(move || {
-        let _alone = alone;
+    let opening = gates.clone();
+    let call = move || {
         let device: Arc<dyn Device> = Arc::from(calmly(&coordinator, || exports.open(&client))?);
         let asked = calmly(&coordinator, || {
             let size = device.size()?;
@@ -189,8 +199,8 @@ pub(crate) async fn open(
                 Err(error)
             }
         }
-    })
-    .await
+    };
+    opening.apart(call).await
 }
 
 /// Makes capabilities agree with each other. Source: nbdkit server/backend.c.
@@ -210,12 +220,8 @@ fn settle(mut offered: Capabilities) -> Capabilities {
 impl Opened {
     /// Closes a device that was only looked at.
     pub(crate) async fn close(self) -> Result<()> {
-        let alone = self.gates.alone().await;
-        smol::unblock(move || {
-            let _alone = alone;
-            calmly(&self.coordinator, || self.device.close())
-        })
-        .await
+        let Opened { device, coordinator, gates, .. } = self;
+        gates.apart(move || calmly(&coordinator, || device.close())).await
     }
 }
 
@@ -382,20 +388,18 @@ impl Backend {
     }
 
     /// Flushes the device, if it was written to since it was flushed, and closes it. The result is that of the flush and the
-    /// close. Dropped before its end, both go on.
+    /// close. Dropped before its end, both go on if they have begun.
     pub(crate) async fn close(self) -> Result<()> {
         // Not only at the server's end: whether this client is the last, by which the server ends, is not known yet.
         let flush = self.written.is_dirty() && self.agreement.offered.flush;
         let Backend { device, coordinator, gates, .. } = self;
-        let alone = gates.alone().await;
-        smol::unblock(move || {
-            let _alone = alone;
+        let call = move || {
             let flushed = if flush { calmly(&coordinator, || device.flush(&Call::BLOCKING)) } else { Ok(()) };
             // Also after a flush that failed.
             let closed = calmly(&coordinator, || device.close());
             flushed.and(closed)
-        })
-        .await
+        };
+        gates.apart(call).await
     }
 
     /// Answers what can be answered at once and keeps the rest.

@@ -683,6 +683,13 @@ mod parents {
     /// For bash, which reaps what it adopts: until no child is left.
     const UNTIL_ALONE: &str = "while read -r child < /proc/$$/task/$$/children; [ -n \"$child\" ]; do :; done";
 
+    /// For who ends when it is alone.
+    fn the_server_was_silent_and_is_gone(room: &Room, mut launch: Launch, round: u32) {
+        let output = launch.run_to(0);
+        assert_eq!((output.text(), output.stderr.as_str()), ("", ""), "round {round}: silent");
+        assert!(!room.path("s").exists(), "round {round}");
+    }
+
     /// Which helper this test program is to be, and what it starts.
     const HELPER: &str = "NBDCAPTIVE_TEST_PARENT";
 
@@ -794,9 +801,7 @@ mod parents {
                 rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
                 Ok(())
             });
-            let output = launch.run_to(0);
-            assert_eq!((output.text(), output.stderr.as_str()), ("", ""), "round {round}: silent");
-            assert!(!room.path("s").exists(), "round {round}");
+            the_server_was_silent_and_is_gone(&room, launch, round);
         }
     }
 
@@ -812,9 +817,7 @@ mod parents {
             let how = format!("set -m; sh -c '\"$@\" & exec true' sh \"$@\"; {UNTIL_ALONE}");
             let mut launch = room.tool("unshare", ["--pid", "--fork", "--mount-proc", "bash", "-c", &how, "sh"]);
             launch.args([server_path()]).args(["--exit-with-parent", "-U", "s", "memory", "1M"]);
-            let output = launch.run_to(0);
-            assert_eq!((output.text(), output.stderr.as_str()), ("", ""), "round {round}: silent");
-            assert!(!room.path("s").exists(), "round {round}");
+            the_server_was_silent_and_is_gone(&room, launch, round);
         }
     }
 

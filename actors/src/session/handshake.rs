@@ -280,12 +280,7 @@ impl Handshake<'_> {
     ) -> DeviceResult<T> {
         let exports = Arc::clone(&self.surroundings.exports);
         let coordinator = self.surroundings.coordinator.clone();
-        let alone = self.surroundings.gates.alone().await;
-        smol::unblock(move || {
-            let _alone = alone;
-            calmly(&coordinator, || question(&*exports, &client))
-        })
-        .await
+        self.surroundings.gates.apart(move || calmly(&coordinator, || question(&*exports, &client))).await
     }
 
     async fn list(&mut self) {

@@ -475,7 +475,7 @@ impl Transmission {
     }
 
     fn may_take_more(&self) -> bool {
-        self.batch.is_empty() && self.owed < MAX_OWED && self.requests < MAX_REQUESTS
+        self.batch.is_empty() && self.has_room()
     }
 
     /// One receive, to where the next bytes belong: the rest of a write's data, and what is behind it. `None` at the end of the
