@@ -4,6 +4,8 @@
 pub const NBD_MAGIC: u64 = 0x4e42_444d_4147_4943;
 /// `IHAVEOPT`, the second eight bytes of a newstyle server, and the start of every option.
 pub const NBD_OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+/// The second eight bytes of an oldstyle server (`cliserv_magic`).
+pub const NBD_OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// The start of every option reply.
 pub const NBD_OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// The start of every request.
@@ -12,6 +14,10 @@ pub const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// The start of every structured reply chunk.
 pub const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// The start of every request, once extended headers are agreed on.
+pub const NBD_EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// The start of every reply chunk, once extended headers are agreed on.
+pub const NBD_EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flag, both sides.
 pub const NBD_FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
@@ -40,6 +46,8 @@ pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
 /// Transmission flag.
 pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+/// Transmission flag: a block status request may name the contexts that it asks for.
+pub const NBD_FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
 /// Option.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
@@ -59,6 +67,8 @@ pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
 pub const NBD_OPT_LIST_META_CONTEXT: u32 = 9;
 /// Option.
 pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
+/// Option.
+pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Option reply.
 pub const NBD_REP_ACK: u32 = 1;
@@ -86,6 +96,8 @@ pub const NBD_REP_ERR_SHUTDOWN: u32 = (1 << 31) | 7;
 pub const NBD_REP_ERR_BLOCK_SIZE_REQD: u32 = (1 << 31) | 8;
 /// Option reply: the option's data is longer than the server takes.
 pub const NBD_REP_ERR_TOO_BIG: u32 = (1 << 31) | 9;
+/// Option reply: not without extended headers, or not with them.
+pub const NBD_REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) | 10;
 
 /// Information type.
 pub const NBD_INFO_EXPORT: u16 = 0;
@@ -123,6 +135,8 @@ pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
 pub const NBD_CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 /// Command flag, write zeroes only.
 pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Command flag, with extended headers only: the header's length is that of a payload.
+pub const NBD_CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 /// Structured reply flag: the last chunk of a reply.
 pub const NBD_REPLY_FLAG_DONE: u16 = 1 << 0;
@@ -131,9 +145,15 @@ pub const NBD_REPLY_TYPE_NONE: u16 = 0;
 /// Chunk type.
 pub const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
 /// Chunk type.
+pub const NBD_REPLY_TYPE_OFFSET_HOLE: u16 = 2;
+/// Chunk type.
 pub const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+/// Chunk type, with extended headers only.
+pub const NBD_REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 /// Chunk type.
 pub const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) | 1;
+/// Chunk type.
+pub const NBD_REPLY_TYPE_ERROR_OFFSET: u16 = (1 << 15) | 2;
 
 /// The longest string on the wire: export names, descriptions, queries, error messages. Bytes.
 pub const NBD_MAX_STRING: usize = 4096;
