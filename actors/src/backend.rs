@@ -30,6 +30,7 @@ use crate::device::{
 use crate::log::Speaker;
 use crate::protocol::transmission::{self, Agreement, Command, Refusal};
 use crate::session::Surroundings;
+use crate::world::World;
 
 /// Requests on their way down, in the order in which they came.
 pub(crate) type Batch = Vec<Work>;
@@ -71,6 +72,7 @@ pub(crate) struct Gates {
     model: ThreadModel,
     one: Arc<Mutex<()>>,
     places: Arc<Places>,
+    world: World,
 }
 
 /// How many requests of all clients together may be on threads. smol's pool is one for the whole process and has 500; the
@@ -106,10 +108,16 @@ impl Places {
 type Place = SemaphoreGuardArc;
 type Turn = MutexGuardArc<()>;
 
+/// What a request holds while it is on a thread.
+struct Placed {
+    _place: Place,
+    _alone: Option<Turn>,
+}
+
 impl Gates {
-    pub(crate) fn new(model: ThreadModel) -> Gates {
+    pub(crate) fn new(model: ThreadModel, world: World) -> Gates {
         let places = Places { free: Arc::new(Semaphore::new(PLACES)), queue: AtomicUsize::new(0) };
-        Gates { model, one: Arc::default(), places: Arc::new(places) }
+        Gates { model, one: Arc::default(), places: Arc::new(places), world }
     }
 
     /// Waits for the only place there is, where clients are served one after another.
@@ -132,11 +140,11 @@ impl Gates {
     /// for that, the call is not made; after that it is, and its result is lost.
     pub(crate) async fn apart<T: Send + 'static>(&self, call: impl FnOnce() -> T + Send + 'static) -> T {
         let alone = self.alone().await;
-        smol::unblock(move || {
+        let call = move || {
             let _alone = alone;
             call()
-        })
-        .await
+        };
+        self.world.unblock(call).await
     }
 
     /// As [`Gates::alone`], if nothing has to be waited for: `Err`.
@@ -147,12 +155,9 @@ impl Gates {
         }
     }
 
-    /// As [`Gates::alone`], on a thread that may wait.
-    fn alone_blocking(&self) -> Option<Turn> {
-        match self.model {
-            ThreadModel::SerializeAllRequests => Some(self.one.lock_arc_blocking()),
-            _ => None,
-        }
+    /// What a request needs to go to a thread, if nothing has to be waited for.
+    fn try_place(&self) -> Option<Placed> {
+        Some(Placed { _alone: self.try_alone().ok()?, _place: self.places.try_take()? })
     }
 
     /// Several connections may be open at once.
@@ -305,8 +310,8 @@ struct Completion {
 enum Event {
     Work(Batch),
     Done(Completion),
-    /// There is room on the threads for one that waits.
-    Placed(Place),
+    /// One that waits may go to a thread.
+    Placed(Placed),
     NoMoreWork,
 }
 
@@ -356,7 +361,9 @@ impl Backend {
                 if self.waiting.is_empty() || self.running == self.threads {
                     return pending().await;
                 }
-                Event::Placed(self.gates.places.take().await)
+                // In this order, because who waits to be alone needs no thread for it.
+                let alone = self.gates.alone().await;
+                Event::Placed(Placed { _place: self.gates.places.take().await, _alone: alone })
             };
             let finished = or(finished, placed);
             let event = if open {
@@ -364,7 +371,7 @@ impl Backend {
             } else {
                 finished.await
             };
-            let mut place = None;
+            let mut placed = None;
             match event {
                 Event::Work(batch) => self.serve(batch, &replies, enough).await,
                 Event::Done(first) => {
@@ -374,13 +381,13 @@ impl Backend {
                     }
                 }
                 Event::NoMoreWork => open = false,
-                Event::Placed(free) => place = Some(free),
+                Event::Placed(free) => placed = Some(free),
             }
             if replies.is_closed() && draining() {
                 // A client that was cut off was promised nothing of what has not begun, and the end waits for us.
                 self.waiting.clear();
             }
-            self.start_waiting(place);
+            self.start_waiting(placed);
             if self.running == 0 {
                 self.pool = None;
             }
@@ -467,15 +474,14 @@ impl Backend {
         true
     }
 
-    /// Puts waiting requests on threads, as many as may be; the first in `place`, if there is one.
-    fn start_waiting(&mut self, mut place: Option<Place>) {
+    /// Puts waiting requests on threads, as many as may be; the first as `placed`, if that is there.
+    fn start_waiting(&mut self, mut placed: Option<Placed>) {
         while self.running < self.threads && !self.waiting.is_empty() {
-            let Some(place) = place.take().or_else(|| self.gates.places.try_take()) else { return };
+            let Some(placed) = placed.take().or_else(|| self.gates.try_place()) else { return };
             let Some(mut work) = self.waiting.pop_front() else { return };
             self.running += 1;
             let device = Arc::clone(&self.device);
             let agreement = self.agreement;
-            let gates = self.gates.clone();
             let mut segments = self.buffers.reply();
             let buffers = self.buffers.clone();
             let speaker = self.speaker.clone();
@@ -486,9 +492,8 @@ impl Backend {
                 Pool { done, completions }
             });
             let done = pool.done.clone();
-            // Detached: its end is the message it sends, which always fits.
-            smol::unblock(move || {
-                let alone = gates.alone_blocking();
+            // Its end is the message it sends, which always fits.
+            self.gates.world.unblock_detached(move || {
                 let mut flushed = None;
                 let command = work.command.ok();
                 if let Some(command) = command {
@@ -501,12 +506,11 @@ impl Backend {
                     flushed = (command == Command::Flush && matches!(answered, Answer::Done)).then_some(returned);
                 }
                 recycle(&buffers, work.payload);
-                // Before it is said, so that whoever hears of it finds both free.
-                drop((alone, place));
+                // Before it is said, so that whoever hears of it finds all free.
+                drop(placed);
                 let replies = Replies { segments, requests: 1, refused: 0, weight: work.weight };
                 let _ = done.try_send(Completion { replies, command, flushed });
-            })
-            .detach();
+            });
         }
     }
 

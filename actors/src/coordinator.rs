@@ -15,7 +15,6 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use async_channel::{Receiver, Sender};
-use smol::Timer;
 use smol::future::or;
 use smol::stream::Stream;
 
@@ -25,6 +24,7 @@ use crate::exit_policy;
 use crate::log::Speaker;
 use crate::server::Hook;
 use crate::session::SessionId;
+use crate::world::{Timer, World};
 
 /// Why a server ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -464,6 +464,7 @@ pub struct Handle {
     // client, and causes.
     inbox: Sender<Message>,
     started: Instant,
+    world: World,
 }
 
 impl Handle {
@@ -480,7 +481,7 @@ impl Handle {
     /// A signal that asks for the end has come: the first ends the server orderly, the same again a quarter of a second or
     /// more later at once.
     pub fn signal(&self, number: i32) {
-        self.tell(Message::Signal { number, at: self.started.elapsed() });
+        self.tell(Message::Signal { number, at: self.world.now().duration_since(self.started) });
     }
 
     /// For an actor to hold while it runs: if it panics, that is a fatal cause.
@@ -579,6 +580,7 @@ pub(crate) struct Coordinator {
     unloading: Option<Pin<Box<dyn Future<Output = Option<String>> + Send>>>,
     ending_since: Option<Instant>,
     at_end: Option<Hook>,
+    world: World,
 }
 
 impl Coordinator {
@@ -587,6 +589,7 @@ impl Coordinator {
         limits: Limits,
         speaker: Speaker,
         has_command: bool,
+        world: World,
     ) -> (Coordinator, Ends) {
         let (inbox_sender, inbox) = async_channel::unbounded();
         // Nothing is ever sent through these three.
@@ -612,9 +615,10 @@ impl Coordinator {
             unloading: None,
             ending_since: None,
             at_end: None,
+            world: world.clone(),
         };
         let ends = Ends {
-            handle: Handle { inbox: inbox_sender, started: Instant::now() },
+            handle: Handle { inbox: inbox_sender, started: world.now(), world },
             orders: Orders { stop: stopping, drain: draining, close: closing },
             outcome: outcome_receiver,
         };
@@ -646,7 +650,7 @@ impl Coordinator {
             let waited = self.state.waits();
             let orders = self.state.on(message);
             if !known && let Some(cause) = self.state.cause() {
-                self.ending_since = Some(Instant::now());
+                self.ending_since = Some(self.world.now());
                 self.speaker.debug(format_args!("ending: {cause}"));
             }
             let waits = self.state.waits();
@@ -704,17 +708,21 @@ impl Coordinator {
                 debug(format_args!("killing the command"));
                 self.command.iter().for_each(child_supervisor::Handle::kill);
             }
-            Order::Arm(Deadline::Grace) => self.grace_timer = Some(Timer::after(self.limits.grace)),
-            Order::Arm(Deadline::Drain) => self.drain_timer = Some(Timer::after(self.limits.drain)),
-            Order::Arm(Deadline::Close) => self.close_timer = Some(Timer::after(CLOSE)),
+            Order::Arm(Deadline::Grace) => self.grace_timer = Some(self.world.after(self.limits.grace)),
+            Order::Arm(Deadline::Drain) => self.drain_timer = Some(self.world.after(self.limits.drain)),
+            Order::Arm(Deadline::Close) => self.close_timer = Some(self.world.after(CLOSE)),
             Order::Unload if !self.exports.unloads() => self.unloading = Some(Box::pin(std::future::ready(None))),
             Order::Unload => {
                 let exports = Arc::clone(&self.exports);
-                self.unloading = Some(Box::pin(smol::unblock(move || {
+                let world = self.world.clone();
+                self.unloading = Some(Box::pin(async move {
                     // As a device's close that panics: a failure, and not the Coordinator's own panic.
-                    catch_unwind(AssertUnwindSafe(|| exports.unload().err().map(|error| error.to_string())))
-                        .unwrap_or_else(|_| Some("the device panicked while it was unloaded".to_owned()))
-                })));
+                    let unload = move || {
+                        catch_unwind(AssertUnwindSafe(|| exports.unload().err().map(|error| error.to_string())))
+                            .unwrap_or_else(|_| Some("the device panicked while it was unloaded".to_owned()))
+                    };
+                    world.unblock(unload).await
+                }));
             }
             Order::Finish(_) => {}
         }
@@ -724,7 +732,7 @@ impl Coordinator {
         if let Some(failure) = &outcome.failure {
             self.speaker.error(format_args!("{failure}"));
         }
-        let took = self.ending_since.map_or(Duration::ZERO, |since| since.elapsed());
+        let took = self.ending_since.map_or(Duration::ZERO, |since| self.world.now().duration_since(since));
         let status = outcome.exit_status();
         self.speaker.debug(format_args!("ended after {took:.3?}, exit status {status}: {}", outcome.cause));
         if let Some(hook) = self.at_end.take() {

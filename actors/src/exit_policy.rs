@@ -11,11 +11,11 @@ use std::task::Poll;
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
-use smol::Timer;
 use smol::future::or;
 
 use crate::coordinator::{self, Cause, Message};
 use crate::session::SessionId;
+use crate::world::{Timer, World};
 
 /// Something that ends the server when it happens: it is then done, and says in a line what has happened.
 pub type Event = Pin<Box<dyn Future<Output = String> + Send>>;
@@ -101,12 +101,13 @@ pub(crate) fn new(
     exit_last: bool,
     events: Vec<Event>,
     coordinator: coordinator::Handle,
+    world: World,
 ) -> (Handle, impl Future<Output = ()> + Send) {
     let (inbox, facts) = async_channel::unbounded();
     let happened = watch(events, coordinator.clone());
     let left = async move {
         if exit_last {
-            run(State::default(), facts, coordinator).await;
+            run(State::default(), facts, coordinator, world).await;
         }
     };
     (Handle { inbox }, async {
@@ -131,7 +132,7 @@ async fn watch(mut events: Vec<Event>, coordinator: coordinator::Handle) {
     }
 }
 
-async fn run(mut state: State, facts: Receiver<Fact>, coordinator: coordinator::Handle) {
+async fn run(mut state: State, facts: Receiver<Fact>, coordinator: coordinator::Handle, world: World) {
     let _guard = coordinator.guard("the ExitPolicy");
     let mut patience = Timer::never();
     loop {
@@ -147,7 +148,7 @@ async fn run(mut state: State, facts: Receiver<Fact>, coordinator: coordinator::
         match decision {
             Decision::Stay => patience = Timer::never(),
             Decision::Wait if patience.will_fire() => {}
-            Decision::Wait => patience = Timer::after(HANDSHAKE),
+            Decision::Wait => patience = world.after(HANDSHAKE),
             Decision::End => return coordinator.shut_down(Cause::LastClientLeft),
         }
     }

@@ -24,6 +24,8 @@
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
 //! | `blocks.rs` | memory that a large write is received into and that a device may keep |
+//! | `world.rs` | time and threads: the system's, or a simulation's |
+//! | `simulation.rs` | time that stands still, for tests (feature `simulation`) |
 //! | `log.rs` | lines for people |
 //!
 //! # Who tells what to whom
@@ -50,6 +52,8 @@ pub mod extents;
 pub mod log;
 pub mod protocol;
 pub mod segments;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 pub mod transport;
 
 mod backend;
@@ -61,6 +65,7 @@ mod parent_watcher;
 mod server;
 mod session;
 mod worker;
+mod world;
 
 pub use coordinator::{Cause, CommandEnd, Handle, Outcome};
 pub use exit_policy::Event;

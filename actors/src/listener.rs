@@ -1,4 +1,4 @@
-//! Accepts clients and hands each socket to a Session; closes at the Coordinator's word.
+//! Accepts clients and hands each to a Session; closes at the Coordinator's word.
 //!
 //! Tells the Coordinator of every client before its Session exists, so that none can be missed, and that it has closed, after
 //! which there are no more. Ends then.
@@ -7,20 +7,23 @@ use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use async_channel::Receiver;
 use async_io::Async;
 use nix::errno::Errno;
 use nix::sys::socket::{SockFlag, accept4, setsockopt, sockopt};
+use smol::Executor;
 use smol::future::or;
-use smol::{Executor, Timer};
+use smol::lock::Semaphore;
+use smol::stream::Stream as _;
 
 use crate::coordinator::{self, Cause, Message};
-use crate::log::Speaker;
 use crate::server::Hook;
-use crate::session::{self, SessionId, Surroundings, Visit};
+use crate::session::{self, Seat, SessionId, Surroundings, Visit};
 use crate::transport::{Socket, Transport};
 use crate::worker::{Worker, Workers};
 
@@ -48,13 +51,20 @@ impl Threads {
 /// Where sessions run.
 pub(crate) enum Place {
     /// On the executor that was given.
-    Executor(Arc<Executor<'static>>),
+    Executor,
     /// On threads of the server's own, that many, started with the first client.
     Workers { threads: Threads, spin: Duration, workers: Option<Workers> },
 }
 
+/// Clients whom somebody else has accepted.
+type Arrivals = Pin<Box<Receiver<Box<dyn Transport>>>>;
+
 pub(crate) struct Listener {
     pub sockets: Vec<Async<OwnedFd>>,
+    pub arrivals: Option<Arrivals>,
+    /// A seat for each client that may be connected at a time.
+    pub seats: Option<Arc<Semaphore>>,
+    pub executor: Arc<Executor<'static>>,
     pub place: Place,
     pub surroundings: Surroundings,
     pub keepalive: bool,
@@ -76,19 +86,25 @@ impl Listener {
                 orders.stopping().await;
                 None
             };
-            match or(stopped, async { Some(accept(&self.sockets).await) }).await {
+            let (sockets, arrivals) = (&self.sockets, &mut self.arrivals);
+            match or(stopped, async { Some(accept(sockets, arrivals).await) }).await {
                 None => break,
-                Some(Ok(socket)) => {
+                Some(Ok(client)) => {
                     let id = SessionId(next);
                     next += 1;
-                    if let Err(error) = self.serve(id, socket).await {
+                    let Some(seat) = self.seat() else {
+                        let line = format_args!("client {id} was turned away: as many are connected as may be");
+                        complaints.say(&self.surroundings, line);
+                        continue;
+                    };
+                    if let Err(error) = self.serve(id, client, seat).await {
                         // Threads and their epolls are short as well.
-                        complaints.say(&self.surroundings.speaker, format_args!("cannot serve client {id}: {error}"));
+                        complaints.say(&self.surroundings, format_args!("cannot serve client {id}: {error}"));
                         pause(&self.surroundings).await;
                     }
                 }
                 Some(Err(error)) => {
-                    complaints.say(&self.surroundings.speaker, format_args!("accept: {error}"));
+                    complaints.say(&self.surroundings, format_args!("accept: {error}"));
                     if !is_shortage(error) {
                         coordinator.shut_down(Cause::Fatal(format!("cannot accept clients: {error}")));
                         break;
@@ -106,19 +122,33 @@ impl Listener {
         drop(closed);
     }
 
+    /// A seat for one more client; `None` where all are taken.
+    fn seat(&self) -> Option<Seat> {
+        let Some(seats) = &self.seats else { return Some(Seat::default()) };
+        seats.try_acquire_arc().map(Some)
+    }
+
     /// Starts the session of a client. Errors: there is no thread for it, or the socket cannot be watched.
-    async fn serve(&mut self, id: SessionId, socket: OwnedFd) -> io::Result<()> {
+    async fn serve(&mut self, id: SessionId, client: Arrived, seat: Seat) -> io::Result<()> {
+        let surroundings = self.surroundings.clone();
+        let visit = Visit::begin(id, &surroundings, seat);
+        let socket = match client {
+            Arrived::Socket(socket) => socket,
+            Arrived::Transport(transport) => {
+                // Only whoever made it knows what wakes it, so it runs where anything does.
+                self.executor.spawn(session::run(visit, transport, surroundings)).detach();
+                return Ok(());
+            }
+        };
         // Neither is worth losing a client for; a Unix socket has neither.
         let _ = setsockopt(&socket, sockopt::TcpNoDelay, &true);
         if self.keepalive {
             keep_alive(&socket);
         }
-        let surroundings = self.surroundings.clone();
-        let visit = Visit::begin(id, &surroundings);
         match &mut self.place {
-            Place::Executor(executor) => Socket::on_reactor(socket).map(|socket| {
+            Place::Executor => Socket::on_reactor(socket).map(|socket| {
                 // Detached: the Coordinator waits for its last word.
-                executor.spawn(session::run(visit, Box::new(socket), surroundings)).detach();
+                self.executor.spawn(session::run(visit, Box::new(socket), surroundings)).detach();
             }),
             Place::Workers { threads, spin, workers } => {
                 let start = || Workers::start(threads.count(), *spin);
@@ -143,9 +173,7 @@ fn keep_alive(socket: &OwnedFd) {
 /// Waits until a client has left or a while has passed, or until the end.
 async fn pause(surroundings: &Surroundings) {
     let room = surroundings.room.listen();
-    let passed = async {
-        Timer::after(PAUSE).await;
-    };
+    let passed = surroundings.world.after(PAUSE);
     or(surroundings.orders.stopping(), or(room, passed)).await;
 }
 
@@ -156,10 +184,11 @@ struct Complaints {
 }
 
 impl Complaints {
-    fn say(&mut self, speaker: &Speaker, line: fmt::Arguments<'_>) {
-        if self.last.is_none_or(|last| last.elapsed() >= PAUSE) {
-            self.last = Some(Instant::now());
-            speaker.error(line);
+    fn say(&mut self, surroundings: &Surroundings, line: fmt::Arguments<'_>) {
+        let now = surroundings.world.now();
+        if self.last.is_none_or(|last| now.duration_since(last) >= PAUSE) {
+            self.last = Some(now);
+            surroundings.speaker.error(line);
         }
     }
 }
@@ -201,14 +230,28 @@ async fn place_on_workers(
     if workers.place(job).await { Ok(()) } else { Err(io::Error::other("the worker thread has ended")) }
 }
 
-/// The next client on any of the sockets. Dropped, nobody was accepted.
-async fn accept(sockets: &[Async<OwnedFd>]) -> Result<OwnedFd, Errno> {
+/// A client before it has a session.
+enum Arrived {
+    Socket(OwnedFd),
+    Transport(Box<dyn Transport>),
+}
+
+/// The next client on any of the sockets, or of those that others accept. Dropped, nobody was accepted.
+async fn accept(sockets: &[Async<OwnedFd>], arrivals: &mut Option<Arrivals>) -> Result<Arrived, Errno> {
     poll_fn(|cx| {
+        if let Some(receiver) = arrivals {
+            match receiver.as_mut().poll_next(cx) {
+                Poll::Ready(Some(transport)) => return Poll::Ready(Ok(Arrived::Transport(transport))),
+                // No more of these.
+                Poll::Ready(None) => *arrivals = None,
+                Poll::Pending => {}
+            }
+        }
         for socket in sockets {
             loop {
                 match accept4(socket.as_fd().as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
                     // SAFETY: accept4 has just made the descriptor, and nobody else knows of it.
-                    Ok(client) => return Poll::Ready(Ok(unsafe { OwnedFd::from_raw_fd(client) })),
+                    Ok(client) => return Poll::Ready(Ok(Arrived::Socket(unsafe { OwnedFd::from_raw_fd(client) }))),
                     // A client that left before it was accepted is no failure.
                     Err(Errno::EINTR | Errno::ECONNABORTED | Errno::EPROTO) => {}
                     Err(Errno::EAGAIN) => match socket.poll_readable(cx) {

@@ -9,9 +9,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use async_io::{Async, Timer};
+use async_io::Async;
 
 use crate::coordinator::{self, Cause};
+use crate::world::World;
 
 /// How often a process is asked for that cannot be watched.
 const ASK: Duration = Duration::from_millis(50);
@@ -85,14 +86,14 @@ mod system {
 }
 
 /// Waits for the process to end. Dropped, nothing is told.
-pub(crate) async fn run(parent: Parent, coordinator: coordinator::Handle) {
+pub(crate) async fn run(parent: Parent, coordinator: coordinator::Handle, world: World) {
     let _guard = coordinator.guard("the ParentWatcher");
     let ended = async {
         match parent {
             Parent::Watched(descriptor) => Async::new_nonblocking(descriptor)?.readable().await?,
             Parent::Polled(mut has_ended) => {
                 while !has_ended() {
-                    Timer::after(ASK).await;
+                    world.after(ASK).await;
                 }
             }
         }

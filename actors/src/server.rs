@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_channel::Receiver;
 use async_io::Async;
+use smol::lock::Semaphore;
 use smol::{Executor, Task};
 
 use crate::backend::Gates;
@@ -20,11 +21,14 @@ use crate::log::{Log, Silent, Speaker};
 use crate::parent_watcher::{self, Parent};
 use crate::session::{self, Rules, SessionId, Surroundings, Visit};
 use crate::transport::Transport;
+use crate::world::World;
 
 /// A server that is not running yet.
 pub struct Server {
     exports: Arc<dyn Exports>,
     sockets: Vec<OwnedFd>,
+    arrivals: Option<Receiver<Box<dyn Transport>>>,
+    max_clients: Option<usize>,
     only: Option<Box<dyn Transport>>,
     rules: Rules,
     limits: Limits,
@@ -38,6 +42,7 @@ pub struct Server {
     captor: Option<Captor>,
     before_refusing: Option<Hook>,
     at_end: Option<Hook>,
+    world: World,
 }
 
 /// Something short to do once.
@@ -49,6 +54,8 @@ impl Server {
         Server {
             exports,
             sockets: Vec::new(),
+            arrivals: None,
+            max_clients: None,
             only: None,
             rules: Rules {
                 read_only: false,
@@ -69,12 +76,35 @@ impl Server {
             captor: None,
             before_refusing: None,
             at_end: None,
+            world: World::default(),
         }
     }
 
     /// Accepts clients from `socket`, a listening stream socket of any family. May be called several times.
     pub fn listen(mut self, socket: impl Into<OwnedFd>) -> Server {
         self.sockets.push(socket.into());
+        self
+    }
+
+    /// Serves clients that somebody else has accepted, over whatever they came: each is served on the executor that is given to
+    /// [`Server::start`]. A closed channel means that no more will come this way. What is in the channel when no more clients
+    /// are taken is dropped with it.
+    pub fn clients(mut self, arrivals: Receiver<Box<dyn Transport>>) -> Server {
+        self.arrivals = Some(arrivals);
+        self
+    }
+
+    /// How many clients may be connected at a time; more are closed at once, and a line in the log says so. Without a limit, the
+    /// default, it is the system's of open files: more then wait to be accepted.
+    pub fn max_clients(mut self, limit: Option<usize>) -> Server {
+        self.max_clients = limit;
+        self
+    }
+
+    /// Runs in a simulation: with its time and its threads.
+    #[cfg(feature = "simulation")]
+    pub fn simulated(mut self, simulation: &Arc<crate::simulation::Simulation>) -> Server {
+        self.world.simulation = Some(Arc::clone(simulation));
         self
     }
 
@@ -217,9 +247,11 @@ impl Server {
     pub fn start(self, executor: &Arc<Executor<'static>>) -> io::Result<Running> {
         let speaker = Speaker::new(self.log);
         let sockets = self.sockets.into_iter().map(Async::new).collect::<io::Result<Vec<_>>>()?;
-        let gates = Gates::new(self.exports.thread_model());
+        let gates = Gates::new(self.exports.thread_model(), self.world.clone());
         let exports = Arc::clone(&self.exports);
-        let (mut coordinator, ends) = Coordinator::new(exports, self.limits, speaker.clone(), self.captor.is_some());
+        let world = self.world;
+        let (mut coordinator, ends) =
+            Coordinator::new(exports, self.limits, speaker.clone(), self.captor.is_some(), world.clone());
         let mut tasks = Vec::new();
         let command = self.captor.map(|captor| {
             let (handle, actor) = child_supervisor::new(captor, ends.handle.clone());
@@ -227,12 +259,12 @@ impl Server {
             handle
         });
         let policy = (self.exit_last || !self.events.is_empty()).then(|| {
-            let (handle, actor) = exit_policy::new(self.exit_last, self.events, ends.handle.clone());
+            let (handle, actor) = exit_policy::new(self.exit_last, self.events, ends.handle.clone(), world.clone());
             tasks.push(executor.spawn(actor));
             handle
         });
         if let Some(parent) = self.parent {
-            tasks.push(executor.spawn(parent_watcher::run(parent, ends.handle.clone())));
+            tasks.push(executor.spawn(parent_watcher::run(parent, ends.handle.clone(), world.clone())));
         }
         coordinator.introduce(command, policy, self.at_end);
         let surroundings = Surroundings {
@@ -243,11 +275,12 @@ impl Server {
             orders: ends.orders,
             buffers: Buffers::default(),
             speaker,
+            world,
             room: Arc::default(),
         };
         if let Some(transport) = self.only {
             let id = SessionId(1);
-            let visit = Visit::begin(id, &surroundings);
+            let visit = Visit::begin(id, &surroundings, None);
             // Nobody else will come.
             ends.handle.tell(Message::ListenerClosed);
             tasks.push(executor.spawn(session::run_only(visit, transport, surroundings)));
@@ -255,11 +288,19 @@ impl Server {
             return Ok(Running { handle: ends.handle, outcome: ends.outcome, _tasks: tasks });
         }
         let place = match self.workers {
-            None => Place::Executor(Arc::clone(executor)),
+            None => Place::Executor,
             Some(threads) => Place::Workers { threads, spin: self.spin, workers: None },
         };
-        let listener =
-            Listener { sockets, place, surroundings, keepalive: self.keepalive, before_refusing: self.before_refusing };
+        let listener = Listener {
+            sockets,
+            arrivals: self.arrivals.map(Box::pin),
+            seats: self.max_clients.map(|limit| Arc::new(Semaphore::new(limit))),
+            executor: Arc::clone(executor),
+            place,
+            surroundings,
+            keepalive: self.keepalive,
+            before_refusing: self.before_refusing,
+        };
         tasks.push(executor.spawn(listener.run()));
         tasks.push(executor.spawn(coordinator.run()));
         Ok(Running { handle: ends.handle, outcome: ends.outcome, _tasks: tasks })

@@ -6,13 +6,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use smol::Timer;
 use smol::future::or;
 use smol::lock::MutexGuardArc;
 
 use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{calmly, open};
-use crate::coordinator::{Message, Orders};
+use crate::coordinator::Message;
 use crate::device::{Client, Exports, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
@@ -81,7 +80,7 @@ pub(super) async fn run(
         structured: false,
         base_allocation: None,
         options_left: MAX_OPTIONS,
-        deadline: surroundings.rules.handshake_timeout.and_then(|limit| Instant::now().checked_add(limit)),
+        deadline: surroundings.rules.handshake_timeout.and_then(|limit| surroundings.world.now().checked_add(limit)),
         id,
         failure,
     };
@@ -254,7 +253,7 @@ impl Handshake<'_> {
         let shown = String::from_utf8_lossy(&name);
         self.speaker.debug(format_args!("newstyle negotiation: client requested export '{shown}'"));
         let gates = &self.surroundings.gates;
-        let turn = in_time(&self.surroundings.orders, self.deadline, async { Ok(gates.enter().await) }).await?;
+        let turn = in_time(self.surroundings, self.deadline, async { Ok(gates.enter().await) }).await?;
         let base_allocation = self.base_allocation.as_ref() == Some(&name);
         let exports = Arc::clone(&self.surroundings.exports);
         let opened = match open(exports, self.client(name), gates.clone(), self.surroundings.coordinator.clone()).await
@@ -342,7 +341,7 @@ impl Handshake<'_> {
 
     async fn flush(&mut self) -> Result<(), End> {
         let sending = send_all(self.transport, &self.output);
-        let sent = in_time(&self.surroundings.orders, self.deadline, sending).await;
+        let sent = in_time(self.surroundings, self.deadline, sending).await;
         self.output.clear();
         sent
     }
@@ -364,7 +363,7 @@ impl Handshake<'_> {
             }
         }
         let receiving = receive(self.transport, &mut input.buffer[input.end..]);
-        match in_time(&self.surroundings.orders, self.deadline, receiving).await? {
+        match in_time(self.surroundings, self.deadline, receiving).await? {
             0 if input.start == input.end => Err(End::Disconnected),
             0 => Err(End::Lost(io::ErrorKind::UnexpectedEof.into())),
             count => {
@@ -413,17 +412,18 @@ impl Handshake<'_> {
 /// yet, and is closed when the server is told to drain. What waits is dropped then, so it must be safe to drop. Only here is
 /// a handshake cut short: where it waits for the device, the device decides how long.
 async fn in_time<T>(
-    orders: &Orders,
+    surroundings: &Surroundings,
     deadline: Option<Instant>,
     waiting: impl Future<Output = io::Result<T>>,
 ) -> Result<T, End> {
+    let Surroundings { orders, world, .. } = surroundings;
     let drained = async {
         orders.draining().await;
         Err(End::Drained)
     };
     let late = async {
         match deadline {
-            Some(deadline) => drop(Timer::at(deadline).await),
+            Some(deadline) => world.after(deadline.saturating_duration_since(world.now())).await,
             None => pending().await,
         }
         Err(End::TooSlow)

@@ -17,6 +17,7 @@ use async_channel::Receiver;
 
 use event_listener::Event;
 use smol::future::or;
+use smol::lock::SemaphoreGuardArc;
 
 use self::handshake::Agreed;
 use self::transmission::{Spell, Transmission};
@@ -26,6 +27,7 @@ use crate::coordinator::{self, Cause, Message, Orders};
 use crate::device::Exports;
 use crate::log::Speaker;
 use crate::transport::Transport;
+use crate::world::World;
 
 /// A client's number, from 1 in the order of acceptance, never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,6 +65,7 @@ pub(crate) struct Surroundings {
     pub orders: Orders,
     pub buffers: Buffers,
     pub speaker: Speaker,
+    pub world: World,
     /// Notified when a session has let go of everything: there is room for another.
     pub room: Arc<Event>,
 }
@@ -109,13 +112,17 @@ pub(crate) struct Visit {
     served: bool,
     /// The server ends with it.
     is_only: bool,
+    _seat: Seat,
 }
 
+/// What a client holds for as long as it is connected, where not everybody may be at once.
+pub(crate) type Seat = Option<SemaphoreGuardArc>;
+
 impl Visit {
-    pub(crate) fn begin(id: SessionId, surroundings: &Surroundings) -> Visit {
+    pub(crate) fn begin(id: SessionId, surroundings: &Surroundings, seat: Seat) -> Visit {
         let (coordinator, room) = (surroundings.coordinator.clone(), Arc::clone(&surroundings.room));
         coordinator.tell(Message::SessionOpened(id));
-        Visit { id, coordinator, room, failure: None, negotiated: false, served: false, is_only: false }
+        Visit { id, coordinator, room, failure: None, negotiated: false, served: false, is_only: false, _seat: seat }
     }
 
     pub(crate) fn id(&self) -> SessionId {
@@ -265,12 +272,12 @@ async fn spell(
     surroundings: &Surroundings,
     speaker: &Speaker,
 ) -> Spell {
-    let Surroundings { buffers, orders, .. } = surroundings;
+    let orders = &surroundings.orders;
     // As many as may be under way, so that handing up does not wait for the client.
     let (work, work_inbox) = async_channel::bounded(transmission::BATCHES);
     let (replies, replies_inbox) = async_channel::bounded(transmission::BATCHES);
     let handed_up = replies_inbox.clone();
-    let transmission = Transmission::new(backend.agreement(), input, buffers.clone(), work, replies_inbox);
+    let transmission = Transmission::new(backend.agreement(), input, surroundings, work, replies_inbox);
     let enough = transport.worth_sending();
     let sending = pin!(transmission.run(transport, orders, speaker));
     let serving = pin!(backend.run(work_inbox, replies, enough, || orders.is_draining()));

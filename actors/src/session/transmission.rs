@@ -14,10 +14,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
-use smol::Timer;
 use smol::stream::Stream;
 
-use super::{End, Input};
+use super::{End, Input, Surroundings};
 use crate::backend::{Batch, Payload, Replies, Work};
 use crate::blocks::{BLOCK, Blocks};
 use crate::buffers::{Buffers, RECEIVE};
@@ -30,6 +29,7 @@ use crate::protocol::transmission::{
 };
 use crate::segments::Piece;
 use crate::transport::Transport;
+use crate::world::{Timer, World};
 
 /// Batches that may be on their way, each way.
 pub(super) const BATCHES: usize = 4;
@@ -101,6 +101,7 @@ pub(super) struct Transmission {
     lull: Timer,
     /// Something has moved since the last tick.
     busy: bool,
+    world: World,
 }
 
 /// Why there is nothing more to do.
@@ -173,13 +174,14 @@ impl Transmission {
     pub(super) fn new(
         agreement: Agreement,
         input: Input,
-        buffers: Buffers,
+        surroundings: &Surroundings,
         work: Sender<Batch>,
         replies: Receiver<Replies>,
     ) -> Transmission {
+        let Surroundings { buffers, world, .. } = surroundings;
         Transmission {
             agreement,
-            buffers,
+            buffers: buffers.clone(),
             work,
             replies: Box::pin(replies),
             input,
@@ -194,8 +196,9 @@ impl Transmission {
             owed: 0,
             draining: false,
             patience: None,
-            lull: Timer::interval(LULL),
+            lull: world.after(LULL),
             busy: true,
+            world: world.clone(),
         }
     }
 
@@ -261,7 +264,8 @@ impl Transmission {
             && self.skip == 0
             && self.partial.is_none()
             && self.input.bytes().is_empty();
-        while is_idle && Pin::new(&mut self.lull).poll_next(cx).is_ready() {
+        while is_idle && Pin::new(&mut self.lull).poll(cx).is_ready() {
+            self.lull = self.world.after(LULL);
             if !std::mem::take(&mut self.busy) {
                 return Poll::Ready(());
             }
@@ -275,8 +279,8 @@ impl Transmission {
             self.patience = None;
             return Poll::Pending;
         }
-        let patience = self.patience.get_or_insert_with(|| Box::new(Timer::after(STALL)));
-        Pin::new(&mut **patience).poll(cx).map(drop)
+        let patience = self.patience.get_or_insert_with(|| Box::new(self.world.after(STALL)));
+        Pin::new(&mut **patience).poll(cx)
     }
 
     /// Reads what the client has sent in vain, as far as it is there.
