@@ -227,6 +227,8 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
 
     let mut server = Server::new(exports)
         .read_only(options.read_only)
+        .oldstyle(options.oldstyle)
+        .max_clients(options.max_clients.map(|limit| limit.get() as usize))
         .structured_replies(!options.no_structured_replies)
         .meta_contexts(!options.no_meta_contexts)
         .mask_handshake(options.mask_handshake as u16)

@@ -9,7 +9,8 @@ use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
 use nbdcaptive_actors::device::{Capabilities, Segments, Support};
 use nbdcaptive_actors::protocol::constants::*;
-use nbdcaptive_actors::protocol::transmission::{Agreement, REQUEST_HEADER, Request, read_header};
+use nbdcaptive_actors::protocol::replies::ReplyTo;
+use nbdcaptive_actors::protocol::transmission::{Agreement, Contexts, Headers, REQUEST_HEADER, Request};
 
 /// Requests in a batch: what one receive brings at depth 64.
 const BATCH: usize = 64;
@@ -27,7 +28,7 @@ fn agreement() -> Agreement {
         fua: Support::Native,
         ..Capabilities::default()
     };
-    Agreement { size: 1 << 30, offered, structured: true, base_allocation: true }
+    Agreement { size: 1 << 30, offered, headers: Headers::Structured, contexts: Contexts::BASE_ALLOCATION }
 }
 
 /// A batch of 4 KiB reads, as a client sends it.
@@ -50,19 +51,19 @@ fn parse(bencher: Bencher<'_, '_>) {
     let (bytes, agreement) = (requests(), agreement());
     bencher.counter(ItemsCount::new(BATCH)).bench_local(|| {
         for header in black_box(&bytes).chunks_exact(REQUEST_HEADER) {
-            let request = header.first_chunk().and_then(Request::parse).expect("it was made above");
+            let request = Request::parse(Headers::Structured, header).expect("it was made above");
             let _ = black_box(agreement.check(&request));
         }
     });
 }
 
 /// Replies with 4 KiB of lent memory each.
-#[divan::bench(args = [false, true])]
-fn assemble(bencher: Bencher<'_, '_>, structured: bool) {
+#[divan::bench(args = [Headers::Simple, Headers::Structured, Headers::Extended])]
+fn assemble(bencher: Bencher<'_, '_>, headers: Headers) {
     let page: Arc<Vec<u8>> = Arc::new(vec![1; 32768]);
     bencher.counter(ItemsCount::new(BATCH)).with_inputs(Segments::default).bench_local_refs(|reply| {
         for cookie in 0..BATCH as u64 {
-            read_header(reply, structured, cookie, cookie * 4096, 4096);
+            ReplyTo { headers, cookie, offset: cookie * 4096 }.read(reply, 4096);
             reply.shared(page.clone(), 0..4096);
         }
         black_box(reply.len())
@@ -75,7 +76,7 @@ fn assemble_by_copying(bencher: Bencher<'_, '_>) {
     let page = vec![1; 4096];
     bencher.counter(ItemsCount::new(BATCH)).with_inputs(Segments::default).bench_local_refs(|reply| {
         for cookie in 0..BATCH as u64 {
-            read_header(reply, true, cookie, cookie * 4096, 4096);
+            ReplyTo { headers: Headers::Structured, cookie, offset: cookie * 4096 }.read(reply, 4096);
             reply.space(4096).copy_from_slice(&page);
         }
         black_box(reply.len())

@@ -28,7 +28,8 @@ use crate::device::{
     ThreadModel,
 };
 use crate::log::Speaker;
-use crate::protocol::transmission::{self, Agreement, Command, Refusal};
+use crate::protocol::replies::ReplyTo;
+use crate::protocol::transmission::{Agreement, Command, Refusal};
 use crate::session::Surroundings;
 use crate::world::World;
 
@@ -37,7 +38,7 @@ pub(crate) type Batch = Vec<Work>;
 
 /// One request.
 pub(crate) struct Work {
-    pub cookie: u64,
+    pub to: ReplyTo,
     /// What to do, or why not: a refused request takes the same way, so that there is one way for replies.
     pub command: std::result::Result<Command, Refusal>,
     /// The data of a write.
@@ -443,14 +444,14 @@ impl Backend {
     fn try_at_once(&mut self, work: &mut Work, out: &mut Segments) -> bool {
         let command = match &work.command {
             Ok(Command::Nothing) => {
-                transmission::done(out, work.cookie);
+                work.to.done(out);
                 return true;
             }
             Ok(command) => *command,
             Err(refusal) => {
                 let why = format!("invalid request: {}", refusal.why);
                 self.speaker.error(format_args!("{why}"));
-                transmission::error(out, self.agreement.structured, work.cookie, refusal.code, &why);
+                work.to.error(out, refusal.code, &why);
                 return true;
             }
         };
@@ -462,7 +463,7 @@ impl Backend {
         let Ok(alone) = self.gates.try_alone() else { return false };
         let payload = work.payload.as_mut();
         let target = Target { device: &*self.device, agreement: &self.agreement, coordinator: &self.coordinator };
-        let answered = answer(target, command, work.cookie, payload, &Call::AT_ONCE, out);
+        let answered = answer(target, command, work.to, payload, &Call::AT_ONCE, out);
         drop(alone);
         match answered {
             Answer::Blocked => return false,
@@ -499,7 +500,7 @@ impl Backend {
                 if let Some(command) = command {
                     let target = Target { device: &*device, agreement: &agreement, coordinator: &coordinator };
                     let answered =
-                        answer(target, command, work.cookie, work.payload.as_mut(), &Call::BLOCKING, &mut segments);
+                        answer(target, command, work.to, work.payload.as_mut(), &Call::BLOCKING, &mut segments);
                     if let Answer::Failed(why) = &answered {
                         speaker.error(format_args!("{why}"));
                     }
@@ -568,13 +569,13 @@ struct Target<'a> {
 fn answer(
     Target { device, agreement, coordinator }: Target<'_>,
     command: Command,
-    cookie: u64,
+    to: ReplyTo,
     payload: Option<&mut Payload>,
     call: &Call,
     out: &mut Segments,
 ) -> Answer {
     let start = out.mark();
-    let attempt = calmly(coordinator, || carry_out(device, agreement, command, cookie, payload, call, out));
+    let attempt = calmly(coordinator, || carry_out(device, agreement, command, to, payload, call, out));
     let error = match attempt {
         Ok(()) => return Answer::Done,
         Err(error) => error,
@@ -591,7 +592,7 @@ fn answer(
         code => code,
     };
     let why = error.to_string();
-    transmission::error(out, agreement.structured, cookie, code, &why);
+    to.error(out, code, &why);
     // A client asks for fast zeroes to find out; that they are not to be had is no failure.
     if fast && code == ErrorCode::NotSupported { Answer::Done } else { Answer::Failed(why) }
 }
@@ -600,7 +601,7 @@ fn carry_out(
     device: &dyn Device,
     agreement: &Agreement,
     command: Command,
-    cookie: u64,
+    to: ReplyTo,
     payload: Option<&mut Payload>,
     call: &Call,
     out: &mut Segments,
@@ -609,8 +610,10 @@ fn carry_out(
     let native = |fua: bool| Flags { fua: fua && offered.fua == Support::Native, ..Flags::default() };
     let mut flush_after = false;
     match command {
-        Command::Read { offset, length } => {
-            transmission::read_header(out, agreement.structured, cookie, offset, length);
+        Command::Read { offset, length, whole } => {
+            let start = out.mark();
+            to.read(out, length);
+            let data = out.mark();
             let before = out.len();
             if length > 0 {
                 device.read_segments(out, length as usize, offset, call)?;
@@ -620,19 +623,26 @@ fn carry_out(
                 let why = format!("the device gave {got} bytes for a read of {length}");
                 return Err(Error::failed(ErrorCode::Io, why));
             }
+            if !whole {
+                to.make_sparse(out, start, data, agreement.minimum_block());
+            }
             return Ok(());
         }
-        Command::BlockStatus { offset, length, one } => {
-            let mut extents = Extents::new(offset, length, one);
-            if offered.extents {
-                device.extents(&mut extents, call)?;
-            } else {
-                extents.add(offset, length, 0);
+        Command::BlockStatus { offset, length, one, contexts } => {
+            let mut left = contexts.count();
+            for context in contexts.iter() {
+                let mut extents = Extents::new(offset, length, one);
+                match context.checked_sub(1) {
+                    Some(own) => device.meta_context(own as usize, &mut extents, call)?,
+                    None if offered.extents => device.extents(&mut extents, call)?,
+                    None => drop(extents.add(offset, length, 0)),
+                }
+                if extents.list().is_empty() {
+                    return Err(Error::failed(ErrorCode::Io, "the device described no extent"));
+                }
+                left -= 1;
+                to.block_status(out, context, &extents, left == 0);
             }
-            if extents.list().is_empty() {
-                return Err(Error::failed(ErrorCode::Io, "the device described no extent"));
-            }
-            transmission::block_status(out, cookie, &extents);
             return Ok(());
         }
         Command::Write { offset, fua, .. } => {
@@ -658,12 +668,12 @@ fn carry_out(
         }
         Command::Cache { offset, length } if offered.cache == Support::Native => device.cache(length, offset, call)?,
         Command::Cache { offset, length } => read_through(device, length, offset, call)?,
-        Command::Nothing => {}
+        Command::Nothing | Command::NarrowBlockStatus { .. } => {}
     }
     if flush_after && offered.fua == Support::Emulate {
         device.flush(call)?;
     }
-    transmission::done(out, cookie);
+    to.done(out);
     Ok(())
 }
 
@@ -684,6 +694,7 @@ fn zero(
     } else if flags.fast {
         return Err(Error::not_supported("zeroes would be no faster than a write"));
     }
+    bounded(length)?;
     if !call.may_block() {
         return Err(Error::WouldBlock);
     }
@@ -693,11 +704,22 @@ fn zero(
 
 /// Brings data near by reading it.
 fn read_through(device: &dyn Device, length: u64, offset: u64, call: &Call) -> Result<()> {
+    bounded(length)?;
     if !call.may_block() {
         return Err(Error::WouldBlock);
     }
     let mut buffer = vec![0; ZEROES.len()];
     pieces(length, offset, |piece, at| device.read(&mut buffer[..piece], at, call))
+}
+
+/// Refuses what would keep a thread busy for hours. As much as a compact request can ask for is done.
+fn bounded(length: u64) -> Result<()> {
+    if length > u64::from(u32::MAX) {
+        let why =
+            format!("the device does not do this by itself, and {length} bytes at once are too many to do it for it");
+        return Err(Error::failed(ErrorCode::Invalid, why));
+    }
+    Ok(())
 }
 
 fn pieces(length: u64, offset: u64, mut each: impl FnMut(usize, u64) -> Result<()>) -> Result<()> {

@@ -247,6 +247,12 @@ pub trait Device: Send + Sync {
         Ok(())
     }
 
+    /// As [`Device::extents`], for number `context` of [`Exports::meta_contexts`].
+    fn meta_context(&self, context: usize, extents: &mut Extents, call: &Call) -> Result<()> {
+        let _ = (context, extents, call);
+        Err(Error::not_supported("no such metadata context"))
+    }
+
     /// The last call, after every other has returned and after a flush: write back what a layer holds, let go of it.
     /// A filter closes its next device after itself. An error makes the server's exit status 1. May block.
     fn close(&self) -> Result<()> {
@@ -272,6 +278,15 @@ pub struct Export {
     pub name: Vec<u8>,
     /// A sentence for people, or empty.
     pub description: String,
+}
+
+/// A metadata context of a device's own. Source: NBD proto.md "Metadata querying".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetaContext {
+    /// A namespace, a colon and a leaf name: a namespace that was registered, or one that starts with `x-`.
+    pub name: Cow<'static, str>,
+    /// Its flags take more than 32 bits, so that it can be selected only by a client with extended headers.
+    pub is_wide: bool,
 }
 
 /// How many requests a device takes at a time. Source: nbdkit-plugin.pod "Threads".
@@ -304,6 +319,13 @@ pub trait Exports: Send + Sync + 'static {
     fn default_export(&self, client: &Client) -> Result<Option<Vec<u8>>> {
         let _ = client;
         Ok(Some(Vec::new()))
+    }
+
+    /// The metadata contexts that an export has beside `base:allocation`; at most 31 of them can be selected. The default has
+    /// none.
+    fn meta_contexts(&self, client: &Client) -> Result<Vec<MetaContext>> {
+        let _ = client;
+        Ok(Vec::new())
     }
 
     /// A sentence about an export that was opened, for `NBD_INFO_DESCRIPTION`.
@@ -386,6 +408,9 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
         (**self).extents(extents, call)
+    }
+    fn meta_context(&self, context: usize, extents: &mut Extents, call: &Call) -> Result<()> {
+        (**self).meta_context(context, extents, call)
     }
     fn close(&self) -> Result<()> {
         (**self).close()

@@ -2,9 +2,9 @@
 //! Source: NBD proto.md "Metadata querying"; nbdkit server/extents.c.
 
 /// `NBD_STATE_HOLE`: the range takes no space on the medium.
-pub const HOLE: u32 = 1;
+pub const HOLE: u64 = 1;
 /// `NBD_STATE_ZERO`: the range reads as zeroes.
-pub const ZERO: u32 = 2;
+pub const ZERO: u64 = 2;
 
 /// The most extents that one answer holds; a longer map is cut there, which the specification allows.
 pub(crate) const MAX_EXTENTS: usize = 32 * 1024;
@@ -14,8 +14,8 @@ pub(crate) const MAX_EXTENTS: usize = 32 * 1024;
 pub struct Extent {
     /// Bytes.
     pub length: u64,
-    /// [`HOLE`] and [`ZERO`], or 0 for data.
-    pub flags: u32,
+    /// [`HOLE`] and [`ZERO`], or 0 for data; of another context than `base:allocation`, what that says.
+    pub flags: u64,
 }
 
 /// Collects extents, from the first byte asked for and without gaps. Neighbours of one kind become one.
@@ -53,7 +53,7 @@ impl Extents {
     /// described already, or is not asked for, is passed over. Returns whether more is wanted.
     ///
     /// An extent that leaves a gap is not taken: the map then ends before the gap.
-    pub fn add(&mut self, offset: u64, length: u64, flags: u32) -> bool {
+    pub fn add(&mut self, offset: u64, length: u64, flags: u64) -> bool {
         let next = self.offset + self.described;
         let end = offset.saturating_add(length).min(self.offset.saturating_add(self.length));
         if offset > next {

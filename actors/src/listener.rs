@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -64,7 +64,8 @@ pub(crate) struct Listener {
     pub arrivals: Option<Arrivals>,
     /// A seat for each client that may be connected at a time.
     pub seats: Option<Arc<Semaphore>>,
-    pub executor: Arc<Executor<'static>>,
+    /// Not held: it holds this actor, and neither would ever go.
+    pub executor: Weak<Executor<'static>>,
     pub place: Place,
     pub surroundings: Surroundings,
     pub keepalive: bool,
@@ -122,6 +123,14 @@ impl Listener {
         drop(closed);
     }
 
+    /// Runs a session on the executor that was given. Errors: that is gone.
+    fn spawn(&self, session: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+        let executor = self.executor.upgrade().ok_or_else(|| io::Error::other("the executor is gone"))?;
+        // Detached: the Coordinator waits for its last word.
+        executor.spawn(session).detach();
+        Ok(())
+    }
+
     /// A seat for one more client; `None` where all are taken.
     fn seat(&self) -> Option<Seat> {
         let Some(seats) = &self.seats else { return Some(Seat::default()) };
@@ -136,8 +145,7 @@ impl Listener {
             Arrived::Socket(socket) => socket,
             Arrived::Transport(transport) => {
                 // Only whoever made it knows what wakes it, so it runs where anything does.
-                self.executor.spawn(session::run(visit, transport, surroundings)).detach();
-                return Ok(());
+                return self.spawn(session::run(visit, transport, surroundings));
             }
         };
         // Neither is worth losing a client for; a Unix socket has neither.
@@ -146,10 +154,10 @@ impl Listener {
             keep_alive(&socket);
         }
         match &mut self.place {
-            Place::Executor => Socket::on_reactor(socket).map(|socket| {
-                // Detached: the Coordinator waits for its last word.
-                self.executor.spawn(session::run(visit, Box::new(socket), surroundings)).detach();
-            }),
+            Place::Executor => {
+                let socket = Socket::on_reactor(socket)?;
+                self.spawn(session::run(visit, Box::new(socket), surroundings))
+            }
             Place::Workers { threads, spin, workers } => {
                 let start = || Workers::start(threads.count(), *spin);
                 place_on_workers(start, workers, visit, socket, surroundings).await

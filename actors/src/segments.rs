@@ -11,6 +11,7 @@ use std::sync::Arc;
 pub type Shared = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// One piece of what is to be sent.
+#[derive(Clone)]
 pub(crate) enum Piece {
     /// A range of the owner's own buffer.
     Own(Range<usize>),
@@ -126,12 +127,45 @@ impl Segments {
         if let Some(Piece::Own(range)) = self.pieces.last_mut() {
             range.end = range.end.min(mark.used);
         }
-        let kept: usize = self.pieces.iter().map(piece_length).sum();
-        if let Some(Piece::Zeroes(count)) = self.pieces.last_mut() {
-            *count -= kept - mark.length;
+        if let Some((Piece::Zeroes(count), before)) = self.pieces.split_last_mut() {
+            *count = mark.length - before.iter().map(piece_length).sum::<usize>();
         }
         self.used = mark.used;
         self.length = mark.length;
+    }
+
+    /// The lengths of the pieces since `mark`, and which are nothing but zeroes. Zeroes since `mark` are pieces of their own if
+    /// what is before it is not zeroes.
+    pub(crate) fn since(&self, mark: Mark) -> impl Iterator<Item = (usize, bool)> {
+        let grown = mark.pieces.checked_sub(1).and_then(|last| match &self.pieces[last] {
+            Piece::Own(range) => Some((range.end - mark.used, false)),
+            _ => None,
+        });
+        let fresh = self.pieces[mark.pieces..].iter();
+        grown.into_iter().chain(fresh.map(|piece| (piece_length(piece), matches!(piece, Piece::Zeroes(_)))))
+    }
+
+    /// Takes out all that was appended since `from` and returns what of it was appended since `to`, for
+    /// [`Segments::put_back`]. Behind both marks there must be something that is not zeroes, or nothing.
+    pub(crate) fn lift(&mut self, from: Mark, to: Mark) -> Vec<Piece> {
+        let used = self.used;
+        let mut lifted = Vec::with_capacity(self.pieces.len() - to.pieces + 1);
+        if let Some(Piece::Own(range)) = to.pieces.checked_sub(1).map(|last| &self.pieces[last])
+            && range.end > to.used
+        {
+            lifted.push(Piece::Own(to.used..range.end));
+        }
+        lifted.extend(self.pieces.drain(to.pieces..));
+        self.truncate(from);
+        // What was lifted is still there.
+        self.used = used;
+        lifted
+    }
+
+    /// Appends what was lifted.
+    pub(crate) fn put_back(&mut self, piece: Piece) {
+        self.length += piece_length(&piece);
+        self.pieces.push(piece);
     }
 
     pub(crate) fn pieces(&self) -> &[Piece] {

@@ -59,6 +59,7 @@ impl Server {
             only: None,
             rules: Rules {
                 read_only: false,
+                oldstyle: false,
                 structured_replies: true,
                 meta_contexts: true,
                 handshake_flags: u16::MAX,
@@ -120,7 +121,13 @@ impl Server {
         self
     }
 
-    /// Offers structured replies (the default).
+    /// Speaks the oldstyle handshake, without options: the client gets the export with the empty name.
+    pub fn oldstyle(mut self, yes: bool) -> Server {
+        self.rules.oldstyle = yes;
+        self
+    }
+
+    /// Offers structured replies and extended headers (the default).
     pub fn structured_replies(mut self, yes: bool) -> Server {
         self.rules.structured_replies = yes;
         self
@@ -295,7 +302,7 @@ impl Server {
             sockets,
             arrivals: self.arrivals.map(Box::pin),
             seats: self.max_clients.map(|limit| Arc::new(Semaphore::new(limit))),
-            executor: Arc::clone(executor),
+            executor: Arc::downgrade(executor),
             place,
             surroundings,
             keepalive: self.keepalive,

@@ -131,6 +131,10 @@ pub struct Options {
     pub log: LogTo,
     /// `--mask-handshake`: which NBD handshake flags may be offered.
     pub mask_handshake: u32,
+    /// `-o`: the oldstyle handshake.
+    pub oldstyle: bool,
+    /// `--max-clients`: how many may be connected at a time.
+    pub max_clients: Option<NonZeroU32>,
     /// `--no-mc`
     pub no_meta_contexts: bool,
     /// `--no-sr`
@@ -190,6 +194,8 @@ impl Default for Options {
             keepalive: false,
             log: LogTo::Default,
             mask_handshake: u32::MAX,
+            oldstyle: false,
+            max_clients: None,
             no_meta_contexts: false,
             no_structured_replies: false,
             pidfile: None,

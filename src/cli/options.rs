@@ -204,10 +204,20 @@ pub static OPTIONS: &[OptionSpec] = &[
         }),
     },
     OptionSpec {
+        short: None,
+        long: &["max-clients"],
+        help: "How many clients may be connected at a time",
+        effect: Effect::Value("N", |options, value| {
+            let limit = values::unsigned("max-clients", &value.to_string_lossy())?;
+            options.max_clients = Some(NonZeroU32::new(limit).ok_or("--max-clients must be at least 1")?);
+            Ok(())
+        }),
+    },
+    OptionSpec {
         short: Some('n'),
         long: &["newstyle", "new-style"],
-        help: "Speak the newstyle protocol, as always",
-        effect: Effect::Flag(|_| ()),
+        help: "Speak the newstyle protocol (the default)",
+        effect: Effect::Flag(|options| options.oldstyle = false),
     },
     OptionSpec {
         short: None,
@@ -220,6 +230,12 @@ pub static OPTIONS: &[OptionSpec] = &[
         long: &["no-sr", "no-structured-replies"],
         help: "Do not offer structured replies",
         effect: Effect::Flag(|options| options.no_structured_replies = true),
+    },
+    OptionSpec {
+        short: Some('o'),
+        long: &["oldstyle", "old-style"],
+        help: "Speak the oldstyle protocol, for old clients",
+        effect: Effect::Flag(|options| options.oldstyle = true),
     },
     OptionSpec {
         short: Some('P'),

@@ -841,7 +841,7 @@ mod tests {
         buffer
     }
 
-    fn map(device: &dyn Device, offset: u64, length: u64, one: bool) -> Vec<(u64, u32)> {
+    fn map(device: &dyn Device, offset: u64, length: u64, one: bool) -> Vec<(u64, u64)> {
         let mut extents = Extents::new(offset, length, one);
         device.extents(&mut extents, BLOCKING).unwrap();
         extents.list().iter().map(|extent| (extent.length, extent.flags)).collect()

@@ -503,7 +503,7 @@ mod tests {
             lent
         }
 
-        fn map(&self, offset: u64, length: u64) -> Vec<(u64, u32)> {
+        fn map(&self, offset: u64, length: u64) -> Vec<(u64, u64)> {
             let mut extents = Extents::new(offset, length, false);
             self.extents(&mut extents, NOW).unwrap();
             extents.list().iter().map(|extent| (extent.length, extent.flags)).collect()

@@ -58,6 +58,8 @@ pub enum HandshakeOption {
     ListMetaContext(MetaContextQuery),
     /// `NBD_OPT_SET_META_CONTEXT`
     SetMetaContext(MetaContextQuery),
+    /// `NBD_OPT_EXTENDED_HEADERS`
+    ExtendedHeaders,
     /// One that this server does not know.
     Unknown,
 }
@@ -80,13 +82,26 @@ pub struct MetaContextQuery {
     pub queries: Vec<Vec<u8>>,
 }
 
-/// Why an option's data is refused with `NBD_REP_ERR_INVALID`; the text goes to the client and the log.
-pub type Malformed = &'static str;
+/// The most queries that one option may have.
+pub const MAX_QUERIES: u32 = 1024;
+
+/// Why an option's data is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// `NBD_REP_ERR_INVALID` or `NBD_REP_ERR_TOO_BIG`.
+    pub reply: u32,
+    /// For the client and the log.
+    pub why: &'static str,
+}
+
+const fn invalid(why: &'static str) -> Malformed {
+    Malformed { reply: NBD_REP_ERR_INVALID, why }
+}
 
 impl HandshakeOption {
     /// Reads the data of `option`, all of it, at most [`MAX_OPTION_DATA`] bytes.
     pub fn parse(option: u32, data: &[u8]) -> Result<HandshakeOption, Malformed> {
-        let empty = |parsed| if data.is_empty() { Ok(parsed) } else { Err("the option takes no data") };
+        let empty = |parsed| if data.is_empty() { Ok(parsed) } else { Err(invalid("the option takes no data")) };
         match option {
             NBD_OPT_EXPORT_NAME => string(data).map(HandshakeOption::ExportName),
             // The specification lets a client say why; the server need not look.
@@ -98,19 +113,20 @@ impl HandshakeOption {
             NBD_OPT_STRUCTURED_REPLY => empty(HandshakeOption::StructuredReply),
             NBD_OPT_LIST_META_CONTEXT => meta_context_query(data).map(HandshakeOption::ListMetaContext),
             NBD_OPT_SET_META_CONTEXT => meta_context_query(data).map(HandshakeOption::SetMetaContext),
+            NBD_OPT_EXTENDED_HEADERS => empty(HandshakeOption::ExtendedHeaders),
             _ => Ok(HandshakeOption::Unknown),
         }
     }
 }
 
-const SHORT: Malformed = "the option's data ends too early";
+const SHORT: Malformed = invalid("the option's data ends too early");
 
 fn string(bytes: &[u8]) -> Result<Vec<u8>, Malformed> {
     if bytes.len() > NBD_MAX_STRING {
-        return Err("a string is longer than 4096 bytes");
+        return Err(invalid("a string is longer than 4096 bytes"));
     }
     if bytes.contains(&0) {
-        return Err("a string may not include NUL bytes");
+        return Err(invalid("a string may not include NUL bytes"));
     }
     Ok(bytes.to_vec())
 }
@@ -125,7 +141,7 @@ fn export_query(data: &[u8]) -> Result<ExportQuery, Malformed> {
     let name = counted_string(&mut reader)?;
     let count = usize::from(reader.u16().ok_or(SHORT)?);
     if reader.0.len() != 2 * count {
-        return Err("the number of information requests does not match the option's length");
+        return Err(invalid("the number of information requests does not match the option's length"));
     }
     let infos = (0..count).map_while(|_| reader.u16()).collect();
     Ok(ExportQuery { name, infos })
@@ -135,12 +151,15 @@ fn meta_context_query(data: &[u8]) -> Result<MetaContextQuery, Malformed> {
     let mut reader = Reader(data);
     let name = counted_string(&mut reader)?;
     let count = reader.u32().ok_or(SHORT)?;
+    if count > MAX_QUERIES {
+        return Err(Malformed { reply: NBD_REP_ERR_TOO_BIG, why: "more than 1024 queries" });
+    }
     let mut queries = Vec::new();
     for _ in 0..count {
         queries.push(counted_string(&mut reader)?);
     }
     if !reader.0.is_empty() {
-        return Err("the option's data goes on after its last query");
+        return Err(invalid("the option's data goes on after its last query"));
     }
     Ok(MetaContextQuery { name, queries })
 }
@@ -154,6 +173,18 @@ pub fn option_reply(out: &mut Vec<u8>, option: u32, reply: u32, parts: &[&[u8]])
     // Parts are made here from strings of at most 4096 bytes.
     out.extend_from_slice(&(length as u32).to_be_bytes());
     parts.iter().for_each(|part| out.extend_from_slice(part));
+}
+
+/// All that an oldstyle server says. Source: NBD proto.md "Oldstyle negotiation".
+pub fn oldstyle_greeting(size: u64, flags: u16) -> Vec<u8> {
+    let mut data = NBD_MAGIC.to_be_bytes().to_vec();
+    data.extend_from_slice(&NBD_OLDSTYLE_MAGIC.to_be_bytes());
+    data.extend_from_slice(&size.to_be_bytes());
+    // No handshake flags.
+    data.extend_from_slice(&[0; 2]);
+    data.extend_from_slice(&flags.to_be_bytes());
+    data.resize(data.len() + 124, 0);
+    data
 }
 
 /// `NBD_INFO_EXPORT`

@@ -3,6 +3,7 @@
 
 pub mod constants;
 pub mod handshake;
+pub mod replies;
 pub mod transmission;
 
 pub use constants::ErrorCode;

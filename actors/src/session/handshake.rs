@@ -1,6 +1,7 @@
 //! The handshake of one client: from the greeting until an export is chosen.
 //! Source: NBD doc/proto.md "Newstyle negotiation"; nbdkit server/protocol-handshake-newstyle.c.
 
+use std::borrow::Cow;
 use std::future::pending;
 use std::io;
 use std::sync::Arc;
@@ -12,11 +13,11 @@ use smol::lock::MutexGuardArc;
 use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{calmly, open};
 use crate::coordinator::Message;
-use crate::device::{Client, Exports, Result as DeviceResult};
+use crate::device::{Client, Exports, MetaContext, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
-use crate::protocol::transmission::{Agreement, BASE_ALLOCATION_ID};
+use crate::protocol::transmission::{Agreement, BASE_ALLOCATION, Contexts, Headers};
 use crate::transport::Transport;
 
 /// How many options a client may send before it chooses an export, and as many again for each export it was listed.
@@ -27,7 +28,8 @@ const INPUT: usize = 4096;
 /// The most data of an option that is read over; a client that announces more has lost its way.
 const MAX_SKIP: u32 = MAX_PAYLOAD;
 
-const BASE_ALLOCATION: &[u8] = b"base:allocation";
+/// How much of a long answer is put together before it is sent, in bytes.
+const OUTPUT: usize = 64 * 1024;
 
 /// A handshake that ended with an export.
 pub(super) struct Agreed {
@@ -45,10 +47,12 @@ struct Handshake<'a> {
     speaker: &'a Speaker,
     input: Input,
     output: Vec<u8>,
-    structured: bool,
-    /// The export for which `base:allocation` was selected.
-    base_allocation: Option<Vec<u8>>,
+    headers: Headers,
+    /// The export for which contexts were selected, and which.
+    contexts: Option<(Vec<u8>, Contexts)>,
     options_left: usize,
+    /// The exports were listed, for which it may send more options.
+    listed: bool,
     /// When the client has had its time.
     deadline: Option<Instant>,
     /// Where the first device that could not be closed is noted.
@@ -77,9 +81,10 @@ pub(super) async fn run(
         speaker,
         input: Input::default(),
         output: Vec::new(),
-        structured: false,
-        base_allocation: None,
+        headers: Headers::Simple,
+        contexts: None,
         options_left: MAX_OPTIONS,
+        listed: false,
         deadline: surroundings.rules.handshake_timeout.and_then(|limit| surroundings.world.now().checked_add(limit)),
         id,
         failure,
@@ -90,6 +95,12 @@ pub(super) async fn run(
 
 impl Handshake<'_> {
     async fn negotiate(mut self) -> Result<Agreed, End> {
+        if self.surroundings.rules.oldstyle {
+            let (agreed, flags) = self.open(Vec::new()).await?.map_err(End::Broken)?;
+            self.speaker.debug(format_args!("oldstyle negotiation: flags: global 0x0 export 0x{flags:x}"));
+            self.output = oldstyle_greeting(agreed.agreement.size, flags);
+            return self.choose(agreed).await;
+        }
         let flags = (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES) & self.surroundings.rules.handshake_flags;
         self.speaker.debug(format_args!("newstyle negotiation: flags: global 0x{flags:x}"));
         self.output.extend_from_slice(&greeting(flags));
@@ -106,7 +117,7 @@ impl Handshake<'_> {
                 return Err(End::Broken("an option does not start with the option magic".into()));
             };
             if let Next::Chosen(agreed) = self.option(header, fixed, no_zeroes).await? {
-                return Ok(Agreed { left_over: self.input, ..*agreed });
+                return self.choose(*agreed).await;
             }
         }
         Err(End::Broken("client spent too much time negotiating without selecting an export".into()))
@@ -130,13 +141,13 @@ impl Handshake<'_> {
         }
         let parsed = match HandshakeOption::parse(option, &data) {
             Ok(parsed) => parsed,
-            Err(why) if option == NBD_OPT_EXPORT_NAME => return Err(End::Broken(why.into())),
-            Err(why) => {
+            Err(malformed) if option == NBD_OPT_EXPORT_NAME => return Err(End::Broken(malformed.why.into())),
+            Err(Malformed { reply, why }) => {
                 // A selection that fails clears the one before it.
                 if option == NBD_OPT_SET_META_CONTEXT {
-                    self.base_allocation = None;
+                    self.contexts = None;
                 }
-                self.refuse(option, NBD_REP_ERR_INVALID, why);
+                self.refuse(option, reply, why);
                 return Ok(Next::Another);
             }
         };
@@ -150,38 +161,54 @@ impl Handshake<'_> {
                 let _ = self.flush().await;
                 return Err(End::Disconnected);
             }
-            HandshakeOption::List => self.list().await,
+            HandshakeOption::List => self.list().await?,
             HandshakeOption::StartTls => self.refuse(option, NBD_REP_ERR_UNSUP, "TLS is not enabled"),
             HandshakeOption::StructuredReply if !self.surroundings.rules.structured_replies => {
                 self.refuse(option, NBD_REP_ERR_UNSUP, "structured replies are disabled");
             }
-            HandshakeOption::StructuredReply if self.structured => {
+            HandshakeOption::ExtendedHeaders if !self.surroundings.rules.structured_replies => {
+                self.refuse(option, NBD_REP_ERR_UNSUP, "structured replies are disabled");
+            }
+            HandshakeOption::ExtendedHeaders if self.headers == Headers::Extended => {
+                self.refuse(option, NBD_REP_ERR_INVALID, "extended headers are in use already");
+            }
+            HandshakeOption::ExtendedHeaders => {
+                self.headers = Headers::Extended;
+                self.reply(option, NBD_REP_ACK, &[]);
+            }
+            HandshakeOption::StructuredReply if self.headers == Headers::Extended => {
+                self.refuse(option, NBD_REP_ERR_EXT_HEADER_REQD, "extended headers are in use already");
+            }
+            HandshakeOption::StructuredReply if self.headers == Headers::Structured => {
                 self.refuse(option, NBD_REP_ERR_INVALID, "structured replies are in use already");
             }
             HandshakeOption::StructuredReply => {
-                self.structured = true;
+                self.headers = Headers::Structured;
                 self.reply(option, NBD_REP_ACK, &[]);
             }
-            HandshakeOption::ListMetaContext(query) => self.list_meta_context(&query),
-            HandshakeOption::SetMetaContext(query) => self.set_meta_context(query),
+            HandshakeOption::ListMetaContext(query) => self.list_meta_context(&query).await,
+            HandshakeOption::SetMetaContext(query) => self.set_meta_context(query).await,
             HandshakeOption::Unknown => self.refuse(option, NBD_REP_ERR_UNSUP, "unknown option"),
         }
         Ok(Next::Another)
     }
 
     async fn export_name(&mut self, name: Vec<u8>, no_zeroes: bool) -> Result<Next, End> {
+        if self.headers == Headers::Extended {
+            return Err(End::Broken("NBD_OPT_EXPORT_NAME after extended headers".into()));
+        }
         // The specification has no reply for a refused export here; the connection just ends.
         let (agreed, flags) = self.open(name).await?.map_err(End::Broken)?;
         self.output.extend_from_slice(&export_name_reply(agreed.agreement.size, flags, no_zeroes));
-        self.choose(agreed).await
+        Ok(Next::Chosen(Box::new(agreed)))
     }
 
     /// Enters transmission, if the client still takes the word for it.
-    async fn choose(&mut self, agreed: Agreed) -> Result<Next, End> {
+    async fn choose(mut self, agreed: Agreed) -> Result<Agreed, End> {
         // Before the client can know: what happens next, it may have brought about, and it is one who is served to its end.
         self.surroundings.coordinator.tell(Message::SessionNegotiated(self.id));
         match self.flush().await {
-            Ok(()) => Ok(Next::Chosen(Box::new(agreed))),
+            Ok(()) => Ok(Agreed { left_over: self.input, ..agreed }),
             Err(end) => {
                 self.close(agreed).await;
                 Err(end)
@@ -207,7 +234,11 @@ impl Handshake<'_> {
         };
         // Always sent, asked for or not.
         self.reply(option, NBD_REP_INFO, &[&info_export(agreed.agreement.size, flags)]);
-        for info in query.infos {
+        // Each once, however often it is asked for. Others are not known, and the specification lets a server pass over those.
+        for info in [NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_BLOCK_SIZE] {
+            if !query.infos.contains(&info) {
+                continue;
+            }
             match info {
                 NBD_INFO_NAME => {
                     let name = if client.export_name.is_empty() {
@@ -226,13 +257,11 @@ impl Handshake<'_> {
                         self.reply(option, NBD_REP_INFO, &parts);
                     }
                 }
-                NBD_INFO_BLOCK_SIZE => {
+                _ => {
                     if let Some(size) = agreed.opened.offered.block_size {
                         self.reply(option, NBD_REP_INFO, &[&info_block_size(size)]);
                     }
                 }
-                // Sent already, or not known: the specification lets a server pass over those.
-                _ => {}
             }
         }
         self.reply(option, NBD_REP_ACK, &[]);
@@ -240,7 +269,7 @@ impl Handshake<'_> {
             self.close(agreed).await;
             return Ok(Next::Another);
         }
-        self.choose(agreed).await
+        Ok(Next::Chosen(Box::new(agreed)))
     }
 
     fn client(&self, export_name: Vec<u8>) -> Client {
@@ -254,7 +283,7 @@ impl Handshake<'_> {
         self.speaker.debug(format_args!("newstyle negotiation: client requested export '{shown}'"));
         let gates = &self.surroundings.gates;
         let turn = in_time(self.surroundings, self.deadline, async { Ok(gates.enter().await) }).await?;
-        let base_allocation = self.base_allocation.as_ref() == Some(&name);
+        let contexts = self.contexts.as_ref().filter(|(export, _)| *export == name).map(|(_, contexts)| *contexts);
         let exports = Arc::clone(&self.surroundings.exports);
         let opened = match open(exports, self.client(name), gates.clone(), self.surroundings.coordinator.clone()).await
         {
@@ -264,8 +293,12 @@ impl Handshake<'_> {
                 return Ok(Err(error.to_string()));
             }
         };
-        let agreement =
-            Agreement { size: opened.size, offered: opened.offered, structured: self.structured, base_allocation };
+        let agreement = Agreement {
+            size: opened.size,
+            offered: opened.offered,
+            headers: self.headers,
+            contexts: contexts.unwrap_or_default(),
+        };
         let flags = agreement.flags(gates.multi_conn());
         self.speaker.debug(format_args!("newstyle negotiation: flags: export 0x{flags:x}"));
         Ok(Ok((Agreed { opened, agreement, left_over: Input::default(), turn }, flags)))
@@ -282,16 +315,21 @@ impl Handshake<'_> {
         self.surroundings.gates.apart(move || calmly(&coordinator, || question(&*exports, &client))).await
     }
 
-    async fn list(&mut self) {
+    async fn list(&mut self) -> Result<(), End> {
         let anybody = self.client(Vec::new());
         match self.ask(anybody, |exports, client| exports.list(client)).await {
             Ok(exports) => {
-                self.options_left += MAX_OPTIONS * exports.len();
+                if !std::mem::replace(&mut self.listed, true) {
+                    self.options_left += MAX_OPTIONS * exports.len();
+                }
                 for export in exports {
                     let name = cut(&export.name);
                     let length = (name.len() as u32).to_be_bytes();
                     let parts = [&length[..], name, cut(export.description.as_bytes())];
                     self.reply(NBD_OPT_LIST, NBD_REP_SERVER, &parts);
+                    if self.output.len() > OUTPUT {
+                        self.flush().await?;
+                    }
                 }
                 self.reply(NBD_OPT_LIST, NBD_REP_ACK, &[]);
             }
@@ -300,34 +338,66 @@ impl Handshake<'_> {
                 self.refuse(NBD_OPT_LIST, NBD_REP_ERR_PLATFORM, &error.to_string());
             }
         }
+        Ok(())
     }
 
-    fn list_meta_context(&mut self, query: &MetaContextQuery) {
+    async fn list_meta_context(&mut self, query: &MetaContextQuery) {
         let option = NBD_OPT_LIST_META_CONTEXT;
         if !self.surroundings.rules.meta_contexts {
             return self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
         }
-        let wanted = |query: &Vec<u8>| query == b"base:" || query == BASE_ALLOCATION;
-        if query.queries.is_empty() || query.queries.iter().any(wanted) {
-            self.reply(option, NBD_REP_META_CONTEXT, &[&0u32.to_be_bytes(), BASE_ALLOCATION]);
+        // A namespace and a colon stand for all that is in it.
+        let is_wanted = |name: &str| {
+            let namespace = &name.as_bytes()[..name.find(':').map_or(0, |colon| colon + 1)];
+            query.queries.is_empty() || query.queries.iter().any(|query| query == name.as_bytes() || query == namespace)
+        };
+        for (_, name) in self.contexts_of(query).await {
+            if is_wanted(&name) {
+                self.reply(option, NBD_REP_META_CONTEXT, &[&0u32.to_be_bytes(), cut(name.as_bytes())]);
+            }
         }
         self.reply(option, NBD_REP_ACK, &[]);
     }
 
-    fn set_meta_context(&mut self, query: MetaContextQuery) {
+    async fn set_meta_context(&mut self, query: MetaContextQuery) {
         let option = NBD_OPT_SET_META_CONTEXT;
-        self.base_allocation = None;
+        self.contexts = None;
         if !self.surroundings.rules.meta_contexts {
             return self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
         }
-        if !self.structured {
+        if self.headers == Headers::Simple {
             return self.refuse(option, NBD_REP_ERR_INVALID, "structured replies must be negotiated first");
         }
-        if query.queries.iter().any(|query| query == BASE_ALLOCATION) {
-            self.reply(option, NBD_REP_META_CONTEXT, &[&BASE_ALLOCATION_ID.to_be_bytes(), BASE_ALLOCATION]);
-            self.base_allocation = Some(query.name);
+        let mut contexts = Contexts::default();
+        for (context, name) in self.contexts_of(&query).await {
+            if query.queries.iter().any(|query| query == name.as_bytes()) && contexts.select(context) {
+                let id = Contexts::id(context).to_be_bytes();
+                self.reply(option, NBD_REP_META_CONTEXT, &[&id, cut(name.as_bytes())]);
+            }
         }
+        self.contexts = Some((query.name, contexts));
         self.reply(option, NBD_REP_ACK, &[]);
+    }
+
+    /// The contexts that the export of `query` has for this client, with their numbers. The device is asked only where the client
+    /// does not ask for `base:` alone.
+    async fn contexts_of(&mut self, query: &MetaContextQuery) -> Vec<(u32, Cow<'static, str>)> {
+        let mut contexts = vec![(0, Cow::Borrowed(BASE_ALLOCATION))];
+        let is_base = |query: &Vec<u8>| query.starts_with(b"base:");
+        if !query.queries.is_empty() && query.queries.iter().all(is_base) {
+            return contexts;
+        }
+        let client = self.client(query.name.clone());
+        match self.ask(client, |exports, client| exports.meta_contexts(client)).await {
+            Ok(own) => {
+                let is_extended = self.headers == Headers::Extended;
+                let usable = |(_, context): &(u32, MetaContext)| is_extended || !context.is_wide;
+                contexts.extend((1..).zip(own).filter(usable).map(|(number, context)| (number, context.name)));
+            }
+            // No such export, say: it has none then, and its opening will tell.
+            Err(error) => self.speaker.debug(format_args!("newstyle negotiation: metadata contexts: {error}")),
+        }
+        contexts
     }
 
     fn reply(&mut self, option: u32, reply: u32, parts: &[&[u8]]) {

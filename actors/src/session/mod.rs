@@ -43,7 +43,9 @@ impl fmt::Display for SessionId {
 #[derive(Clone, Debug)]
 pub(crate) struct Rules {
     pub read_only: bool,
-    /// Offer structured replies.
+    /// Speak the oldstyle handshake.
+    pub oldstyle: bool,
+    /// Offer structured replies and extended headers.
     pub structured_replies: bool,
     /// Offer metadata contexts.
     pub meta_contexts: bool,

@@ -24,9 +24,8 @@ use crate::coordinator::{Orders, Watch};
 use crate::extents::MAX_EXTENTS;
 use crate::log::Speaker;
 use crate::protocol::constants::*;
-use crate::protocol::transmission::{
-    Agreement, Command, REQUEST_HEADER, Refusal, RefusalReason, Request, command_name,
-};
+use crate::protocol::replies::ReplyTo;
+use crate::protocol::transmission::{Agreement, Command, Headers, Refusal, RefusalReason, Request, command_name};
 use crate::segments::Piece;
 use crate::transport::Transport;
 use crate::world::{Timer, World};
@@ -53,8 +52,8 @@ const LULL: Duration = Duration::from_millis(250);
 /// How many receives at the end of a session are given to what the client has sent in vain. On TCP a close with bytes unread
 /// resets the connection, and the last replies could be lost with it.
 const FAREWELLS: usize = 64;
-/// What an extent takes in the answer to a block status, in bytes.
-const EXTENT: usize = 8;
+/// What an extent takes in the answer to a block status, at most, in bytes.
+const EXTENT: usize = 16;
 /// How many pieces one send takes.
 const PIECES: usize = 64;
 /// How many pieces one receive takes: more than a socket holds.
@@ -77,10 +76,10 @@ pub(super) struct Transmission {
     replies: Pin<Box<Receiver<Replies>>>,
 
     input: Input,
-    /// A write whose data is still coming.
+    /// A request whose payload is still coming.
     partial: Option<Partial>,
-    /// Data of a refused write that is still to come and of no use.
-    skip: u32,
+    /// Data of a refused request that is still to come and of no use.
+    skip: u64,
     /// Requests that were parsed and not yet handed down.
     batch: Batch,
     listening: Listening,
@@ -120,7 +119,7 @@ pub(super) enum Spell {
 }
 
 struct Partial {
-    cookie: u64,
+    to: ReplyTo,
     command: Command,
     data: Data,
     /// How many of how many bytes have come.
@@ -553,25 +552,32 @@ impl Transmission {
                     (Payload::Blocks(blocks), weight)
                 }
             };
-            self.push(partial.cookie, Ok(partial.command), Some(payload), weight);
+            match (partial.command, &payload) {
+                (Command::NarrowBlockStatus { offset, one }, Payload::Bytes(bytes, range)) => {
+                    let narrowed = self.agreement.narrow(offset, one, &bytes[range.clone()]);
+                    self.push_without_payload(partial.to, narrowed);
+                }
+                (command, _) => self.push(partial.to, Ok(command), Some(payload), weight),
+            }
         }
         while self.partial.is_none() && self.listening != Listening::No && self.has_room() {
             let here = self.input.bytes();
             if self.skip > 0 {
-                let skipped = here.len().min(self.skip as usize);
+                let skipped = usize::try_from(self.skip).unwrap_or(usize::MAX).min(here.len());
                 if skipped == 0 {
                     break;
                 }
                 self.input.start += skipped;
-                self.skip -= skipped as u32;
+                self.skip -= skipped as u64;
                 used = true;
                 continue;
             }
-            let Some(header) = here.first_chunk::<REQUEST_HEADER>() else { break };
-            let Some(request) = Request::parse(header) else {
+            let headers = self.agreement.headers;
+            let Some(header) = here.get(..headers.request_length()) else { break };
+            let Some(request) = Request::parse(headers, header) else {
                 return Err(End::Broken("a request does not start with the request magic".into()));
             };
-            self.input.start += REQUEST_HEADER;
+            self.input.start += header.len();
             used = true;
             self.request(request, &mut whole)?;
         }
@@ -594,41 +600,42 @@ impl Transmission {
         } else {
             self.agreement.check(&request)
         };
-        let payload = request.payload();
+        let headers = self.agreement.headers;
+        let to = ReplyTo { headers, cookie: request.cookie, offset: request.offset };
+        let payload = request.payload(headers);
         let command = match checked {
             Ok(command) => command,
             Err(refusal) => {
                 self.refused += usize::from(refusal.code == ErrorCode::Shutdown);
-                if payload > MAX_SKIP {
+                // With extended headers a client knows what is too long.
+                let most = if headers == Headers::Extended { MAX_PAYLOAD } else { MAX_SKIP };
+                if payload > u64::from(most) {
                     let why = format!("{}: {}: too much to skip", command_name(request.kind), refusal.why);
                     return Err(End::Broken(why));
                 }
                 self.skip = payload;
-                self.push(request.cookie, Err(refusal), None, 0);
+                self.push(to, Err(refusal), None, 0);
                 return Ok(());
             }
         };
         if payload == 0 {
-            let weight = match command {
-                Command::Read { length, .. } => length as usize,
-                // The longest answer; how long it will be is not known yet.
-                Command::BlockStatus { one: false, length, .. } => {
-                    usize::try_from(length).unwrap_or(MAX_EXTENTS).min(MAX_EXTENTS) * EXTENT
-                }
-                _ => 0,
-            };
-            self.push(request.cookie, Ok(command), None, weight);
+            self.push_without_payload(to, Ok(command));
             return Ok(());
         }
-        let length = payload as usize;
+        // What passed the check is at most MAX_PAYLOAD.
+        let length = usize::try_from(payload).unwrap_or(usize::MAX).min(MAX_PAYLOAD as usize);
         let here = self.input.bytes();
-        if here.len() >= length {
+        if let (Command::NarrowBlockStatus { offset, one }, Some(bytes)) = (command, here.get(..length)) {
+            let narrowed = self.agreement.narrow(offset, one, bytes);
+            self.input.start += length;
+            self.push_without_payload(to, narrowed);
+        } else if here.len() >= length {
             whole.push((self.batch.len(), self.input.start..self.input.start + length));
             self.input.start += length;
-            self.push(request.cookie, Ok(command), None, length);
+            self.push(to, Ok(command), None, length);
         } else {
             let data = self.place(command, length);
-            let mut partial = Partial { cookie: request.cookie, command, data, filled: 0, length };
+            let mut partial = Partial { to, command, data, filled: 0, length };
             let here = self.input.bytes();
             if partial.fill(here, &self.buffers) < here.len() {
                 return Err(End::Lost(io::ErrorKind::OutOfMemory.into()));
@@ -674,11 +681,23 @@ impl Transmission {
         }
     }
 
-    fn push(&mut self, cookie: u64, command: Result<Command, Refusal>, payload: Option<Payload>, data: usize) {
+    fn push_without_payload(&mut self, to: ReplyTo, command: Result<Command, Refusal>) {
+        let weight = match command {
+            Ok(Command::Read { length, .. }) => length as usize,
+            // The longest answer; how long it will be is not known yet.
+            Ok(Command::BlockStatus { one: false, length, contexts, .. }) => {
+                usize::try_from(length).unwrap_or(MAX_EXTENTS).min(MAX_EXTENTS) * EXTENT * contexts.count()
+            }
+            _ => 0,
+        };
+        self.push(to, command, None, weight);
+    }
+
+    fn push(&mut self, to: ReplyTo, command: Result<Command, Refusal>, payload: Option<Payload>, data: usize) {
         let weight = data + REQUEST_COST;
         self.requests += 1;
         self.owed += weight;
-        self.batch.push(Work { cookie, command, payload, weight });
+        self.batch.push(Work { to, command, payload, weight });
     }
 
     /// Nothing to do for now: a session that waits keeps no buffer.

@@ -1,0 +1,283 @@
+//! The transmission phase: replies. Source: NBD doc/proto.md "Simple reply message", "Structured reply chunk message",
+//! "Extended reply chunk message" and "Reply types".
+
+use super::constants::*;
+use super::transmission::{Contexts, Headers};
+use crate::extents::Extents;
+use crate::segments::{Mark, Piece, Segments, piece_length};
+
+/// The length of a simple reply's header, in bytes.
+pub const SIMPLE_REPLY_HEADER: usize = 16;
+/// The length of a structured reply chunk's header, in bytes.
+pub const CHUNK_HEADER: usize = 20;
+/// The length of an extended reply chunk's header, in bytes.
+pub const EXTENDED_CHUNK_HEADER: usize = 32;
+/// From here on zeroes are worth a chunk of their own, in bytes: it takes 32 or 44.
+const HOLE_WORTH: usize = 4096;
+
+/// Which request a reply is for, and how it looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplyTo {
+    /// As agreed.
+    pub headers: Headers,
+    /// The request's.
+    pub cookie: u64,
+    /// The request's: extended headers repeat it.
+    pub offset: u64,
+}
+
+impl ReplyTo {
+    /// A chunk's header; `length` is that of its payload.
+    fn chunk(&self, out: &mut Segments, flags: u16, kind: u16, length: u32) {
+        if self.headers == Headers::Extended {
+            let mut bytes = [0; EXTENDED_CHUNK_HEADER];
+            bytes[..4].copy_from_slice(&NBD_EXTENDED_REPLY_MAGIC.to_be_bytes());
+            bytes[4..6].copy_from_slice(&flags.to_be_bytes());
+            bytes[6..8].copy_from_slice(&kind.to_be_bytes());
+            bytes[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+            bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
+            bytes[24..].copy_from_slice(&u64::from(length).to_be_bytes());
+            out.extend(&bytes);
+        } else {
+            let mut bytes = [0; CHUNK_HEADER];
+            bytes[..4].copy_from_slice(&NBD_STRUCTURED_REPLY_MAGIC.to_be_bytes());
+            bytes[4..6].copy_from_slice(&flags.to_be_bytes());
+            bytes[6..8].copy_from_slice(&kind.to_be_bytes());
+            bytes[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+            bytes[16..].copy_from_slice(&length.to_be_bytes());
+            out.extend(&bytes);
+        }
+    }
+
+    fn simple(&self, out: &mut Segments, error: u32) {
+        let mut bytes = [0; SIMPLE_REPLY_HEADER];
+        bytes[..4].copy_from_slice(&NBD_SIMPLE_REPLY_MAGIC.to_be_bytes());
+        bytes[4..8].copy_from_slice(&error.to_be_bytes());
+        bytes[8..].copy_from_slice(&self.cookie.to_be_bytes());
+        out.extend(&bytes);
+    }
+
+    /// Appends what precedes the data of a read, all of it in one chunk: `length` bytes, at most [`MAX_PAYLOAD`].
+    pub fn read(&self, out: &mut Segments, length: u32) {
+        if self.headers == Headers::Simple {
+            self.simple(out, 0);
+        } else if length == 0 {
+            // A chunk of data has at least one byte.
+            self.chunk(out, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_NONE, 0);
+        } else {
+            self.data(out, NBD_REPLY_FLAG_DONE, self.offset, length);
+        }
+    }
+
+    fn data(&self, out: &mut Segments, flags: u16, offset: u64, length: u32) {
+        self.chunk(out, flags, NBD_REPLY_TYPE_OFFSET_DATA, length + 8);
+        out.extend(&offset.to_be_bytes());
+    }
+
+    fn hole(&self, out: &mut Segments, flags: u16, offset: u64, length: u32) {
+        self.chunk(out, flags, NBD_REPLY_TYPE_OFFSET_HOLE, 12);
+        out.extend(&offset.to_be_bytes());
+        out.extend(&length.to_be_bytes());
+    }
+
+    /// Turns a reply in one chunk, which begins at `start` and whose data begins at `data`, into one that says where the data is
+    /// nothing but zeroes, if there is enough of that. Chunks begin and end at multiples of `block` bytes.
+    pub(crate) fn make_sparse(&self, out: &mut Segments, start: Mark, data: Mark, block: u32) {
+        if self.headers == Headers::Simple {
+            return;
+        }
+        let block = u64::from(block.max(1));
+        let is_hole = |offset: u64, zeroes: usize| {
+            zeroes >= HOLE_WORTH && offset.is_multiple_of(block) && (zeroes as u64).is_multiple_of(block)
+        };
+        let mut offset = self.offset;
+        let any = out.since(data).any(|(length, zeroes)| {
+            let found = zeroes && is_hole(offset, length);
+            offset += length as u64;
+            found
+        });
+        if !any {
+            return;
+        }
+        // A read has at most MAX_PAYLOAD bytes, so that every length below fits.
+        let mut offset = self.offset;
+        let pieces = out.lift(start, data);
+        let mut rest = &pieces[..];
+        while let Some(first) = rest.first() {
+            let is_end = |rest: &[_]| if rest.is_empty() { NBD_REPLY_FLAG_DONE } else { 0 };
+            if is_zeroes(first) && is_hole(offset, piece_length(first)) {
+                rest = &rest[1..];
+                self.hole(out, is_end(rest), offset, piece_length(first) as u32);
+                offset += piece_length(first) as u64;
+                continue;
+            }
+            let (mut count, mut length) = (0, 0);
+            for piece in rest {
+                if is_zeroes(piece) && is_hole(offset + length as u64, piece_length(piece)) {
+                    break;
+                }
+                count += 1;
+                length += piece_length(piece);
+            }
+            let (these, others) = rest.split_at(count);
+            rest = others;
+            self.data(out, is_end(rest), offset, length as u32);
+            these.iter().for_each(|piece| out.put_back(piece.clone()));
+            offset += length as u64;
+        }
+    }
+
+    /// Appends the reply to a request that succeeded and has no data.
+    pub fn done(&self, out: &mut Segments) {
+        if self.headers == Headers::Extended {
+            self.chunk(out, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_NONE, 0);
+        } else {
+            self.simple(out, 0);
+        }
+    }
+
+    /// Appends the extents of number `context`, the `last` of a reply or not. Those for compact requests are at most 2^32 - 1
+    /// bytes long, as the requests are.
+    pub fn block_status(&self, out: &mut Segments, context: u32, extents: &Extents, last: bool) {
+        let flags = if last { NBD_REPLY_FLAG_DONE } else { 0 };
+        let list = extents.list();
+        // There are at most MAX_EXTENTS of them.
+        let count = list.len() as u32;
+        if self.headers == Headers::Extended {
+            self.chunk(out, flags, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, 8 + 16 * count);
+            out.extend(&Contexts::id(context).to_be_bytes());
+            out.extend(&count.to_be_bytes());
+            for extent in list {
+                out.extend(&extent.length.to_be_bytes());
+                out.extend(&extent.flags.to_be_bytes());
+            }
+        } else {
+            self.chunk(out, flags, NBD_REPLY_TYPE_BLOCK_STATUS, 4 + 8 * count);
+            out.extend(&Contexts::id(context).to_be_bytes());
+            for extent in list {
+                out.extend(&(extent.length as u32).to_be_bytes());
+                // Contexts with wider flags are not selected without extended headers.
+                out.extend(&(extent.flags as u32).to_be_bytes());
+            }
+        }
+    }
+
+    /// Appends the reply to a request that failed: with `why`, where the client can take it.
+    pub fn error(&self, out: &mut Segments, code: ErrorCode, why: &str) {
+        if self.headers == Headers::Simple {
+            self.simple(out, code.wire());
+            return;
+        }
+        let mut end = why.len().min(NBD_MAX_STRING);
+        while !why.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.chunk(out, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_ERROR, 6 + end as u32);
+        out.extend(&code.wire().to_be_bytes());
+        out.extend(&(end as u16).to_be_bytes());
+        out.extend(&why.as_bytes()[..end]);
+    }
+}
+
+fn is_zeroes(piece: &Piece) -> bool {
+    matches!(piece, Piece::Zeroes(_))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segments::Shared;
+    use std::sync::Arc;
+
+    const TO: ReplyTo = ReplyTo { headers: Headers::Structured, cookie: 7, offset: 8192 };
+
+    /// Offset, length and whether it is a hole, of each chunk; the last must say that it is, and no other.
+    fn chunks(out: &Segments) -> Vec<(u64, usize, bool)> {
+        let all = out.to_vec();
+        let number =
+            |at: usize, length: usize| all[at..at + length].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
+        let mut chunks = Vec::new();
+        let mut at = 0;
+        while at < all.len() {
+            let length = number(at + 16, 4) as usize;
+            let is_hole = number(at + 6, 2) == 2;
+            let payload = at + CHUNK_HEADER;
+            let covers = if is_hole { number(payload + 8, 4) as usize } else { length - 8 };
+            chunks.push((number(payload, 8), covers, is_hole));
+            assert_eq!(number(at + 4, 2) == 1, payload + length == all.len(), "the flag of the last chunk");
+            at = payload + length;
+        }
+        chunks
+    }
+
+    fn sparse(fill: impl FnOnce(&mut Segments), block: u32) -> Segments {
+        let mut out = Segments::default();
+        out.extend(b"");
+        let start = out.mark();
+        TO.read(&mut out, 1);
+        let data = out.mark();
+        fill(&mut out);
+        TO.make_sparse(&mut out, start, data, block);
+        out
+    }
+
+    #[test]
+    fn zeroes_between_data_are_a_hole() {
+        let lent: Shared = Arc::new(*b"xyz");
+        let out = sparse(
+            |out| {
+                out.extend(b"ab");
+                out.shared(Arc::clone(&lent), 1..3);
+                out.zeroes(4096);
+                out.extend(b"cd");
+            },
+            1,
+        );
+        assert_eq!(chunks(&out), [(8192, 4, false), (8196, 4096, true), (12292, 2, false)]);
+        let all = out.to_vec();
+        assert_eq!(&all[CHUNK_HEADER + 8..][..4], b"abyz");
+        assert_eq!(&all[all.len() - 2..], b"cd");
+    }
+
+    #[test]
+    fn few_zeroes_or_crooked_ones_are_data() {
+        let few = sparse(|out| out.zeroes(4095), 1);
+        assert_eq!(few.len(), CHUNK_HEADER + 8 + 4095);
+        let crooked = |out: &mut Segments| {
+            out.zeroes(4608);
+            out.extend(&[1; 3584]);
+        };
+        assert_eq!(chunks(&sparse(crooked, 512)), [(8192, 4608, true), (12800, 3584, false)]);
+        assert_eq!(sparse(crooked, 1024).len(), CHUNK_HEADER + 8 + 8192);
+    }
+
+    #[test]
+    fn nothing_but_zeroes_is_one_hole() {
+        assert_eq!(chunks(&sparse(|out| out.zeroes(1 << 20), 1)), [(8192, 1 << 20, true)]);
+    }
+
+    #[test]
+    fn a_reply_before_it_stays_as_it_is() {
+        let mut out = Segments::default();
+        TO.done(&mut out);
+        let start = out.mark();
+        TO.read(&mut out, 4098);
+        let data = out.mark();
+        out.extend(b"ab");
+        out.zeroes(4096);
+        TO.make_sparse(&mut out, start, data, 1);
+        let all = out.to_vec();
+        assert_eq!(all.len(), SIMPLE_REPLY_HEADER + CHUNK_HEADER + 8 + 2 + CHUNK_HEADER + 12);
+        assert_eq!(out.len(), all.len());
+        out.truncate(start);
+        assert_eq!(out.to_vec(), all[..SIMPLE_REPLY_HEADER]);
+    }
+
+    #[test]
+    fn an_error_message_is_cut_between_characters() {
+        let mut out = Segments::default();
+        let why = "é".repeat(NBD_MAX_STRING);
+        TO.error(&mut out, ErrorCode::Io, &format!("x{why}"));
+        assert_eq!(out.len(), CHUNK_HEADER + 6 + NBD_MAX_STRING - 1);
+    }
+}
