@@ -94,6 +94,12 @@ impl Segments {
         self.length == 0
     }
 
+    /// How many of the bytes were appended as zeroes, by [`Segments::zeroes`].
+    pub fn holes(&self) -> usize {
+        let zeroes = |piece: &Piece| if let Piece::Zeroes(count) = piece { *count } else { 0 };
+        self.pieces.iter().map(zeroes).sum()
+    }
+
     /// A copy of all that was appended, which reads files and may wait for them; zeroes stand where that fails. For a filter that changes the data of the next device, and for tests.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = Vec::with_capacity(self.length);

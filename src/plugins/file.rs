@@ -81,6 +81,9 @@ pub static ABOUT: About = About {
 /// Reads of this length and more are sent from the page cache without a copy, in bytes. For smaller ones the copy is cheaper
 /// than the further system calls.
 const SEND_FROM_CACHE: usize = 64 * 1024;
+/// From here on a read of a file that has holes is worth a look for them, in bytes: a question takes about as long as to copy
+/// a few pages.
+const SPARSE_WORTH: usize = 64 * 1024;
 /// What the page cache counts in, in bytes. Where pages are larger fewer of them are needed, and then data is copied.
 const PAGE: u64 = 4096;
 
@@ -466,6 +469,10 @@ struct OpenFile {
     block: Option<Block>,
     /// The file system knows holes.
     extents: bool,
+    /// There may be some. Relaxed: a read that misses a hole gives its zeroes.
+    may_have_holes: AtomicBool,
+    /// Where the last large read found data. A hole that is made there later may be read as data as well.
+    data: Mutex<Range<u64>>,
     /// Every read is a copy. Not for block devices, whose name is in a tmpfs but not their data.
     in_memory: bool,
     /// `cache=none`.
@@ -488,6 +495,8 @@ impl OpenFile {
         let _ = rustix::fs::fadvise(&fd, 0, None, files.advice);
         let block = (file_type(&stat) == FileType::BlockDevice).then(|| Block::of(&stat));
         let extents = rustix::fs::seek(&fd, SeekFrom::Hole(0)).is_ok();
+        let may_have_holes =
+            extents && block.is_none() && (stat.st_blocks as u64).saturating_mul(512) < stat.st_size as u64;
         let in_memory = block.is_none() && rustix::fs::fstatfs(&fd).is_ok_and(|system| system.f_type == TMPFS_MAGIC);
         let file = OpenFile {
             file: Arc::new(fd.into()),
@@ -495,6 +504,8 @@ impl OpenFile {
             writable,
             block,
             extents,
+            may_have_holes: AtomicBool::new(may_have_holes),
+            data: Mutex::default(),
             in_memory,
             unsynced: (!files.cache).then(Mutex::default),
             pace: Arc::clone(&files.pace),
@@ -515,6 +526,47 @@ impl OpenFile {
         cached_pages(self.file.as_fd(), offset, length as u64).is_some_and(|cached| cached >= pages)
             && has_data(offset)
             && has_data(end - 1)
+    }
+
+    /// Whether a large read is worth a look for holes, which may have to wait for a disk.
+    fn may_meet_holes(&self, length: usize, offset: u64) -> bool {
+        self.may_have_holes.load(Ordering::Relaxed) && {
+            // Whoever has it is about to know it better.
+            let data = self.data.try_lock();
+            !data.is_ok_and(|data| data.contains(&offset) && data.end - offset >= length as u64)
+        }
+    }
+
+    /// Reads only what is there, and gives zeroes for holes.
+    fn read_round_holes(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> device::Result<()> {
+        let seek = |to: SeekFrom, what: &str, at: u64| match rustix::fs::seek(&self.file, to) {
+            Ok(found) => Ok(Some(found)),
+            // Nothing but a hole up to the end of the file.
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(error) => Err(Error::system(format_args!("lseek: {what}: {at}"), error)),
+        };
+        let end = offset + length as u64;
+        let mut at = offset;
+        while at < end {
+            let data = match seek(SeekFrom::Data(at), "SEEK_DATA", at)? {
+                Some(data) => data.min(end),
+                // A file that has become shorter has an end there, and no hole.
+                None if self.size()? < end => at,
+                None => end,
+            };
+            reply.zeroes((data - at) as usize);
+            if data == end {
+                break;
+            }
+            let hole = seek(SeekFrom::Hole(data), "SEEK_HOLE", data)?.unwrap_or(data);
+            if let Ok(mut known) = self.data.lock() {
+                *known = data..hole;
+            }
+            // Data that went away in between is read as it is now.
+            at = if hole > data { hole.min(end) } else { end };
+            self.read(reply.space((at - data) as usize), data, call)?;
+        }
+        Ok(())
     }
 
     /// Reads what the page cache has; anything else is for a thread, which also says what is wrong.
@@ -687,6 +739,12 @@ impl Device for OpenFile {
     }
 
     fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> device::Result<()> {
+        if length >= SPARSE_WORTH && self.may_meet_holes(length, offset) {
+            if !call.may_block() {
+                return Err(Error::WouldBlock);
+            }
+            return self.read_round_holes(reply, length, offset, call);
+        }
         if length >= SEND_FROM_CACHE && self.unsynced.is_none() && !call.may_block() && self.is_cached(length, offset) {
             reply.file(Arc::clone(&self.file), offset, length);
             return Ok(());
@@ -729,6 +787,7 @@ impl Device for OpenFile {
         if !call.may_block() {
             return Err(Error::WouldBlock);
         }
+        self.may_have_holes.store(self.extents, Ordering::Relaxed);
         let trimmed = self.is_aligned(offset, length)
             && self
                 .fallocate(&self.can_punch_hole, PUNCH_HOLE, offset, length)
@@ -743,6 +802,7 @@ impl Device for OpenFile {
         if !call.may_block() {
             return Err(Error::WouldBlock);
         }
+        self.may_have_holes.store(self.extents, Ordering::Relaxed);
         match self.zero_somehow(flags.may_trim, offset, length) {
             Ok(true) if flags.fua => self.sync(),
             Ok(true) => Ok(()),
@@ -971,6 +1031,42 @@ mod tests {
         if supported {
             assert_eq!(map(&*device, SIZE / 4 * 3, 4096, false), [(4096, HOLE | ZERO)]);
         }
+    }
+
+    /// What a large read gives, and how much of it is zeroes that nobody has read.
+    fn large(device: &dyn Device, length: usize, offset: u64, call: &Call) -> device::Result<(Vec<u8>, usize)> {
+        let mut reply = Segments::default();
+        device.read_segments(&mut reply, length, offset, call)?;
+        let whole = format!("{reply:?}");
+        assert!(whole.contains(&format!("length: {length}")), "{whole}");
+        Ok((reply.to_vec(), reply.holes()))
+    }
+
+    #[test]
+    fn a_large_read_goes_round_holes() {
+        const SIZE: u64 = 1 << 20;
+        let directory = Directory::new("round-holes");
+        let path = directory.file("file", SIZE);
+        let device = open(&[("file", path.as_os_str())]);
+        let (offset, length) = (256 << 10, 128 << 10);
+        device.write(&vec![7; length], offset, NONE, BLOCKING).unwrap();
+        if map(&*device, 0, SIZE, false)
+            != [(offset, HOLE | ZERO), (length as u64, 0), (SIZE - offset - length as u64, HOLE | ZERO)]
+        {
+            return;
+        }
+        let (all, zeroes) = large(&*device, SIZE as usize, 0, BLOCKING).unwrap();
+        assert_eq!(all, bytes(&*device, SIZE as usize, 0));
+        assert_eq!(zeroes, SIZE as usize - length);
+        assert!(matches!(large(&*device, 64 << 10, 0, NOW), Err(Error::WouldBlock)), "it may have to wait for the map");
+        // Where data was found nobody has to look again, and what is small is not worth it.
+        large(&*device, 64 << 10, offset, BLOCKING).unwrap();
+        let (all, zeroes) = large(&*device, 64 << 10, offset, NOW).unwrap();
+        assert_eq!((all, zeroes), (vec![7; 64 << 10], 0));
+        assert_eq!(large(&*device, 4096, 0, BLOCKING).unwrap().1, 0);
+        // What has become shorter is an error, as ever, and no hole.
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(SIZE / 2).unwrap();
+        assert!(large(&*device, SIZE as usize, 0, BLOCKING).is_err());
     }
 
     #[test]
