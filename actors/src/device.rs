@@ -23,6 +23,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 pub use crate::blocks::{BLOCK, Block, Blocks};
@@ -269,6 +270,24 @@ pub struct Client {
     pub read_only: bool,
     /// The connection is secured by TLS.
     pub is_tls: bool,
+    /// Who is at the other end, where that is known.
+    pub peer: Option<Peer>,
+}
+
+/// The other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// An address and a port.
+    Inet(SocketAddr),
+    /// A process on this machine, as it was when it connected; where the system does not tell, a number is `None`.
+    Unix {
+        /// The process.
+        pid: Option<i32>,
+        /// Its user.
+        uid: Option<u32>,
+        /// Its group.
+        gid: Option<u32>,
+    },
 }
 
 /// One line of `NBD_OPT_LIST`.
@@ -308,6 +327,18 @@ pub enum ThreadModel {
 pub trait Exports: Send + Sync + 'static {
     /// Opens the export for one client. Errors are the client's (`NBD_REP_ERR_UNKNOWN`), and the server goes on.
     fn open(&self, client: &Client) -> Result<Box<dyn Device>>;
+
+    /// Whether [`Exports::preconnect`] does anything. With `false`, the default, it is not called, which spares a thread.
+    fn looks_at_clients(&self) -> bool {
+        false
+    }
+
+    /// Called for a client that has connected and was told nothing yet; its export name is empty, and TLS is yet to come. An error
+    /// closes the connection, and the log says why.
+    fn preconnect(&self, client: &Client) -> Result<()> {
+        let _ = client;
+        Ok(())
+    }
 
     /// What `NBD_OPT_LIST` shows. `client.export_name` is empty. The default is one export, the empty name.
     fn list(&self, client: &Client) -> Result<Vec<Export>> {

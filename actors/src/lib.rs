@@ -17,6 +17,7 @@
 //! | `parent_watcher.rs` | the process that the server is to live as long as |
 //! | `exit_policy.rs` | `exitlast` and `exitwhen`: sessions and events in, causes out |
 //! | `device.rs` | the trait of every plugin and filter, with its contract |
+//! | `filter.rs` | what a filter is made of: it says what it changes, and passes on the rest |
 //! | `extents.rs`, `segments.rs` | what a device answers with: a map of holes, the data of a read |
 //! | `protocol/` | bytes to types and back, without I/O |
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
@@ -49,6 +50,7 @@ pub mod child_supervisor;
 pub mod coordinator;
 pub mod device;
 pub mod extents;
+pub mod filter;
 pub mod log;
 pub mod protocol;
 pub mod segments;

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::task::{Context, Poll};
@@ -15,9 +16,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockaddrLike as _, SockaddrStorage, getsockname, recv, recvmsg, send, sendmsg,
+    AddressFamily, MsgFlags, SockaddrLike as _, SockaddrStorage, getpeername, getsockname, recv, recvmsg, send, sendmsg,
 };
 
+use crate::device::Peer;
 use crate::low_water;
 use crate::worker::Registration;
 
@@ -67,6 +69,11 @@ pub trait Transport: Send {
         MUCH
     }
 
+    /// Who is at the other end, where that is known. The default does not know.
+    fn peer(&self) -> Option<Peer> {
+        None
+    }
+
     /// Says that nothing more will be sent, so that the client sees the end after the last reply.
     fn finish(&mut self);
 }
@@ -103,10 +110,10 @@ impl Socket {
         Socket { readiness: Readiness::Worker(registration), low_water }
     }
 
-    fn fd(&self) -> i32 {
+    fn fd(&self) -> BorrowedFd<'_> {
         match &self.readiness {
-            Readiness::Reactor(source) => source.as_fd().as_raw_fd(),
-            Readiness::Worker(registration) => registration.as_fd().as_raw_fd(),
+            Readiness::Reactor(source) => source.as_fd(),
+            Readiness::Worker(registration) => registration.as_fd(),
         }
     }
 }
@@ -120,7 +127,7 @@ impl Transport for Socket {
             {
                 return Poll::Pending;
             }
-            match receive(self.fd(), slices) {
+            match receive(self.fd().as_raw_fd(), slices) {
                 Ok(count) => {
                     if let Readiness::Worker(registration) = &self.readiness
                         && count < room
@@ -195,9 +202,13 @@ impl Transport for Socket {
         if self.low_water.is_some() { MUCH } else { LITTLE }
     }
 
+    fn peer(&self) -> Option<Peer> {
+        peer(self.fd())
+    }
+
     fn finish(&mut self) {
         // The client may have gone already, and then there is nobody to tell.
-        let _ = nix::sys::socket::shutdown(self.fd(), nix::sys::socket::Shutdown::Write);
+        let _ = nix::sys::socket::shutdown(self.fd().as_raw_fd(), nix::sys::socket::Shutdown::Write);
     }
 }
 
@@ -214,11 +225,7 @@ impl Socket {
             {
                 return Poll::Pending;
             }
-            let fd = match &self.readiness {
-                Readiness::Reactor(source) => source.as_fd(),
-                Readiness::Worker(registration) => registration.as_fd(),
-            };
-            match attempt(fd) {
+            match attempt(self.fd()) {
                 Ok(count) => return Poll::Ready(Ok(count)),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => match &self.readiness {
@@ -238,6 +245,30 @@ impl Socket {
 fn is_tcp(socket: &impl AsFd) -> bool {
     let address = getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd());
     address.is_ok_and(|address| matches!(address.family(), Some(AddressFamily::Inet | AddressFamily::Inet6)))
+}
+
+/// Who is at the other end of a socket.
+fn peer(socket: BorrowedFd<'_>) -> Option<Peer> {
+    let address = getpeername::<SockaddrStorage>(socket.as_raw_fd()).ok()?;
+    if let Some(v4) = address.as_sockaddr_in() {
+        return Some(Peer::Inet(SocketAddrV4::from(*v4).into()));
+    }
+    if let Some(v6) = address.as_sockaddr_in6() {
+        return Some(Peer::Inet(SocketAddrV6::from(*v6).into()));
+    }
+    (address.family() == Some(AddressFamily::Unix)).then(|| unix_peer(socket))
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn unix_peer(socket: BorrowedFd<'_>) -> Peer {
+    use nix::sys::socket::{getsockopt, sockopt};
+    let who = getsockopt(&socket, sockopt::PeerCredentials).ok();
+    Peer::Unix { pid: who.map(|who| who.pid()), uid: who.map(|who| who.uid()), gid: who.map(|who| who.gid()) }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn unix_peer(_socket: BorrowedFd<'_>) -> Peer {
+    Peer::Unix { pid: None, uid: None, gid: None }
 }
 
 fn receive(fd: i32, slices: &mut [IoSliceMut<'_>]) -> nix::Result<usize> {
@@ -388,6 +419,10 @@ impl Transport for Descriptors {
             },
             |source| source.poll_writable(cx),
         )
+    }
+
+    fn peer(&self) -> Option<Peer> {
+        peer(self.input.fd())
     }
 
     fn finish(&mut self) {

@@ -884,7 +884,7 @@ mod tests {
     }
 
     fn client(export_name: &str, read_only: bool) -> Client {
-        Client { export_name: export_name.into(), read_only, is_tls: false }
+        Client { export_name: export_name.into(), read_only, ..Client::default() }
     }
 
     fn error(parameters: &[(&str, &OsStr)]) -> String {

@@ -95,6 +95,11 @@ pub(super) async fn run(
 
 impl Handshake<'_> {
     async fn negotiate(mut self) -> Result<Agreed, End> {
+        if self.surroundings.exports.looks_at_clients() {
+            let anybody = self.client(Vec::new());
+            let looked = self.ask(anybody, |exports, client| exports.preconnect(client)).await;
+            looked.map_err(|error| End::Broken(error.to_string()))?;
+        }
         if self.surroundings.rules.oldstyle {
             let (agreed, flags) = self.open(Vec::new()).await?.map_err(End::Broken)?;
             self.speaker.debug(format_args!("oldstyle negotiation: flags: global 0x0 export 0x{flags:x}"));
@@ -273,7 +278,7 @@ impl Handshake<'_> {
     }
 
     fn client(&self, export_name: Vec<u8>) -> Client {
-        Client { export_name, read_only: self.surroundings.rules.read_only, is_tls: false }
+        Client { export_name, read_only: self.surroundings.rules.read_only, is_tls: false, peer: self.transport.peer() }
     }
 
     /// Opens the export `name` and says what was agreed about it; or why it is not to be had. An open that has begun is
