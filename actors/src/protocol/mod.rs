@@ -1,6 +1,7 @@
 //! Bytes to types and back, as the NBD specification has them (doc/proto.md). No I/O, and no length is believed before
 //! it was bounded.
 
+pub mod client;
 pub mod constants;
 pub mod handshake;
 pub mod replies;
