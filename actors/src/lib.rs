@@ -20,6 +20,7 @@
 //! | `filter.rs` | what a filter is made of: it says what it changes, and passes on the rest |
 //! | `extents.rs`, `segments.rs` | what a device answers with: a map of holes, the data of a read |
 //! | `protocol/` | bytes to types and back, without I/O |
+//! | `client/` | the other end: a connection to an NBD server, as an actor |
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
 //! | `low_water.rs` | the one socket option that no library sets |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
@@ -47,6 +48,7 @@
 
 pub mod blocks;
 pub mod child_supervisor;
+pub mod client;
 pub mod coordinator;
 pub mod device;
 pub mod extents;
