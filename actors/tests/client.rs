@@ -1,0 +1,8 @@
+//! The client against the engine of this crate, and against servers that do what no server should. Start with `rig.rs`.
+
+#[path = "client/engine.rs"]
+mod engine;
+#[path = "client/hostile.rs"]
+mod hostile;
+#[path = "client/rig.rs"]
+mod rig;
