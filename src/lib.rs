@@ -19,6 +19,7 @@
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
 //! | `user.rs` | becoming another user and group |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
+//! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
 //! | `page_cache.rs` | whether a file's data can be had without waiting |
 //! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
 
@@ -36,5 +37,6 @@ pub mod program;
 pub mod report;
 pub mod server;
 pub mod sweeper;
+pub mod uri;
 pub mod user;
 pub mod values;
