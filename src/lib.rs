@@ -20,6 +20,7 @@
 //! | `user.rs` | becoming another user and group |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
 //! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
+//! | `probe.rs` | `--probe`: what an NBD server offers |
 //! | `page_cache.rs` | whether a file's data can be had without waiting |
 //! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
 
@@ -33,6 +34,7 @@ pub mod layer;
 pub mod listen;
 pub mod page_cache;
 pub mod plugins;
+pub mod probe;
 pub mod program;
 pub mod report;
 pub mod server;

@@ -8,7 +8,7 @@ use crate::cli::{self, Options, Request};
 use crate::config::Layers;
 use crate::inherited::Inherited;
 use crate::report::{PROGRAM, Report, print, to_stderr};
-use crate::{captive, daemon, filters, listen, plugins, server};
+use crate::{captive, daemon, filters, listen, plugins, probe, server};
 
 /// Runs the program with `words`, the first of which is its own name, and returns its exit status. To be called first of all
 /// in a process that has no thread yet: it forks.
@@ -53,6 +53,7 @@ pub fn run(words: Vec<OsString>) -> i32 {
 fn answer(request: Request, options: &Options) -> i32 {
     match request {
         Request::Serve => {}
+        Request::Probe => return probe::run(options),
         Request::DumpConfig => print(&cli::dump_config::dump_config()),
         Request::ShortOptions => print(cli::short_options().as_bytes()),
         Request::LongOptions => print(cli::long_options().as_bytes()),

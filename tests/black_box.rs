@@ -23,6 +23,8 @@ mod lifetime;
 mod modes;
 #[path = "black_box/pressure.rs"]
 mod pressure;
+#[path = "black_box/probe.rs"]
+mod probe;
 #[path = "black_box/protocol.rs"]
 mod protocol;
 #[path = "black_box/raw_client.rs"]

@@ -17,6 +17,7 @@ Usage: {program} [OPTION ...] PLUGIN [[KEY=]VALUE ...]
        {program} PLUGIN --help
        {program} PLUGIN --dump-plugin
        {program} --dump-config
+       {program} --probe=URI [--json]
        {program} --help
        {program} -V|--version
 

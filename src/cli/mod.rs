@@ -32,6 +32,8 @@ pub const TLS_BUILT_IN: bool = false;
 pub enum Request {
     /// To serve.
     Serve,
+    /// `--probe`, which goes with nothing that has to do with serving.
+    Probe,
     /// `--dump-plugin`. There is a plugin.
     DumpPlugin,
     /// `--version`, of the plugin and filters too if there is a plugin.
@@ -125,6 +127,8 @@ pub struct Options {
     pub grace_period: Duration,
     /// `-i`: an address or a name.
     pub ip_address: Option<String>,
+    /// `--json`, only with `probe`
+    pub json: bool,
     /// `--keepalive`
     pub keepalive: bool,
     /// `--log`
@@ -145,6 +149,8 @@ pub struct Options {
     pub port: Option<String>,
     /// `--print-uri`
     pub print_uri: bool,
+    /// `--probe`: the URI of a server to look at, as written.
+    pub probe: Option<OsString>,
     /// `-r`
     pub read_only: bool,
     /// `--run`: a command for the shell.
@@ -191,6 +197,7 @@ impl Default for Options {
             group: None,
             grace_period: Duration::from_secs(5),
             ip_address: None,
+            json: false,
             keepalive: false,
             log: LogTo::Default,
             mask_handshake: u32::MAX,
@@ -201,6 +208,7 @@ impl Default for Options {
             pidfile: None,
             port: None,
             print_uri: false,
+            probe: None,
             read_only: false,
             run: None,
             single: false,
@@ -246,6 +254,10 @@ pub enum UsageError {
     NoPlugin,
     /// `--dump-plugin` of nothing.
     NoPluginToDump,
+    /// An option or plugin together with `--probe`, which serves nothing.
+    NotWithProbe(String),
+    /// `--json` of something else.
+    OnlyWithProbe,
     /// Options that exclude each other.
     Combination,
     /// An option that says where to listen, where the sockets came with the process.
@@ -289,6 +301,8 @@ impl fmt::Display for UsageError {
             UsageError::NoPluginToDump => {
                 "--dump-plugin wants a plugin; to find out about the server use --dump-config".to_owned()
             }
+            UsageError::NotWithProbe(word) => format!("--probe serves nothing: it cannot be used with {word}"),
+            UsageError::OnlyWithProbe => "--json says how --probe answers: it cannot be used without it".to_owned(),
             UsageError::Activated(option) => format!("cannot use socket activation with {option} flag"),
             UsageError::Combination => {
                 "--dump-plugin, -p, --run, -s, -U or --vsock options cannot be used in this combination".to_owned()
@@ -337,7 +351,11 @@ pub fn parse(
     }
     met.sort_by_key(|(index, ..)| *index);
     let mut request = Request::Serve;
+    let mut beside_probe = None;
     for (_, spec, value) in met {
+        if !matches!(spec.name(), "probe" | "json" | "timeout") {
+            beside_probe = beside_probe.or(Some(spec.name()));
+        }
         match spec.effect {
             Effect::Flag(set) => set(&mut options),
             Effect::Ask(asked) | Effect::AskAtOnce(asked) => request = request.max(asked),
@@ -349,8 +367,22 @@ pub fn parse(
     let mut words = matches.remove_many::<OsString>(WORDS).into_iter().flatten();
     options.plugin = words.next();
     options.parameters = words.collect();
+    let request = probe_or(request, &options, beside_probe)?;
     finish(request, &mut options, current_directory)?;
     Ok((request, options))
+}
+
+/// What is asked for, with `--probe` in mind: it is asked for where nothing else is. `beside` is another option that was given.
+fn probe_or(request: Request, options: &Options, beside: Option<&str>) -> Result<Request, UsageError> {
+    match (request, &options.probe, beside, &options.plugin) {
+        (Request::Serve, None, ..) if options.json => Err(UsageError::OnlyWithProbe),
+        (Request::Serve, Some(_), Some(option), _) => Err(UsageError::NotWithProbe(format!("--{option}"))),
+        (Request::Serve, Some(_), None, Some(plugin)) => {
+            Err(UsageError::NotWithProbe(format!("the plugin '{}'", plugin.to_string_lossy())))
+        }
+        (Request::Serve, Some(_), None, None) => Ok(Request::Probe),
+        _ => Ok(request),
+    }
 }
 
 /// What [`spell_out`] makes of a command line.
@@ -644,7 +676,7 @@ mod tests {
         assert_eq!(
             refused(&["--p=1"]),
             "option '--p=1' is ambiguous; possibilities: '--pid-file' '--port' \
-                                         '--print-uri' '--print-url'"
+                                         '--print-uri' '--print-url' '--probe'"
         );
     }
 
@@ -744,6 +776,17 @@ mod tests {
         assert_eq!(asked(&["--help", "--long-options"]), Request::LongOptions);
         assert_eq!(asked(&["-fr", "--short-options"]), Request::ShortOptions);
         assert_eq!(refused(&["--no-such-option", "--dump-config"]), "unrecognized option '--no-such-option'");
+    }
+
+    #[test]
+    fn a_probe_serves_nothing() {
+        assert_eq!(asked(&["--probe", "nbd://x", "--json", "--timeout=1"]), Request::Probe);
+        assert_eq!(asked(&["--probe=nbd://x", "-r", "--help"]), Request::Help);
+        assert_eq!(refused(&["--probe=nbd://x", "-r"]), "--probe serves nothing: it cannot be used with --readonly");
+        let plugin = "--probe serves nothing: it cannot be used with the plugin 'null'";
+        assert_eq!(refused(&["--probe=nbd://x", "null"]), plugin);
+        assert_eq!(refused(&["--json", "null"]), "--json says how --probe answers: it cannot be used without it");
+        assert_eq!(refused(&["--probe"]), "option '--probe' requires an argument");
     }
 
     #[test]

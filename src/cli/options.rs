@@ -170,6 +170,12 @@ pub static OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         short: None,
+        long: &["json"],
+        help: "Let --probe answer in JSON",
+        effect: Effect::Flag(|options| options.json = true),
+    },
+    OptionSpec {
+        short: None,
         long: &["keepalive", "keep-alive"],
         help: "Notice TCP clients that are gone without a word",
         effect: Effect::Flag(|options| options.keepalive = true),
@@ -260,6 +266,15 @@ pub static OPTIONS: &[OptionSpec] = &[
         long: &["print-uri", "print-url", "show-uri", "show-url"],
         help: "Print the URI for clients",
         effect: Effect::Flag(|options| options.print_uri = true),
+    },
+    OptionSpec {
+        short: None,
+        long: &["probe"],
+        help: "Only say what the NBD server at URI offers",
+        effect: Effect::Value("URI", |options, value| {
+            options.probe = Some(value.to_owned());
+            Ok(())
+        }),
     },
     OptionSpec {
         short: Some('r'),
