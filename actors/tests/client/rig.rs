@@ -110,11 +110,20 @@ pub fn with_engine<T>(
     prepare: impl FnOnce(Server) -> Server,
     client: impl AsyncFnOnce(&Executor<'static>, Box<dyn Transport>) -> T,
 ) -> T {
+    with_exports(disk, prepare, client)
+}
+
+/// As [`with_engine`], of any device.
+pub fn with_exports<T>(
+    exports: impl Exports,
+    prepare: impl FnOnce(Server) -> Server,
+    client: impl AsyncFnOnce(&Executor<'static>, Box<dyn Transport>) -> T,
+) -> T {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     let executor = Arc::new(Executor::new());
     smol::block_on(executor.run(async {
         let socket = Socket::on_reactor(theirs.into()).expect("a socket can be watched");
-        let server = prepare(Server::new(Arc::new(disk))).serve_one(socket);
+        let server = prepare(Server::new(Arc::new(exports))).serve_one(socket);
         let running = server.start(&executor).expect("nothing is in its way");
         let result = client(&executor, transport(ours)).await;
         running.wait().await;
