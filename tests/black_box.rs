@@ -21,6 +21,8 @@ mod harness;
 mod lifetime;
 #[path = "black_box/modes.rs"]
 mod modes;
+#[path = "black_box/peers.rs"]
+mod peers;
 #[path = "black_box/pressure.rs"]
 mod pressure;
 #[path = "black_box/probe.rs"]
