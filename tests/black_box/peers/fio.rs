@@ -18,7 +18,7 @@ for_each_case! {
     a_byte_that_changed_is_found
 }
 
-/// What libnbd 1.14, which the engine is made of, and the server have in common.
+/// What libnbd 1.14 speaks, which the engine is made of.
 const SPOKEN: Spoken = Spoken::Structured;
 
 /// How much one run of fio writes at most, in MiB, so that it ends well before the deadline of the harness.

@@ -20,7 +20,7 @@ for_each_case! {
     bad_requests_are_refused_and_the_connection_goes_on
 }
 
-/// What libnbd 1.14 and the server have in common.
+/// What libnbd 1.14 speaks.
 const SPOKEN: Spoken = Spoken::Structured;
 
 /// Runs a program for Python, which is Debian's own, because that has libnbd.
