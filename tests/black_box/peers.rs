@@ -8,6 +8,7 @@
 //! - `libnbd.rs`: nbdinfo, nbdcopy, and programs with libnbd for Python (`*.py`)
 //! - `fio.rs`: fio's nbd engine, which verifies what it wrote
 //! - `nbd_client.rs`: nbd-client
+//! - `oldstyle.rs`: those of them that know the old handshake, at a server that speaks nothing else
 //! - `stable.rs`: what several connections and stable storage are promised
 
 use std::collections::BTreeMap;
@@ -24,6 +25,8 @@ mod fio;
 mod libnbd;
 #[path = "peers/nbd_client.rs"]
 mod nbd_client;
+#[path = "peers/oldstyle.rs"]
+mod oldstyle;
 #[path = "peers/qemu.rs"]
 mod qemu;
 #[path = "peers/stable.rs"]
@@ -207,15 +210,22 @@ impl Served {
     #[track_caller]
     fn end(self, client: Spoken) {
         let expected = client.min(self.newest());
+        if let Some((spoken, log)) = self.end_of_several() {
+            assert!(spoken.contains(&expected), "{spoken:?} in {log}");
+            // The raw client of `content` and `put` speaks simply.
+            assert!(spoken.iter().all(|one| [expected, Spoken::Simple].contains(one)), "{spoken:?} in {log}");
+        }
+    }
+
+    /// As [`Served::end`], for clients that know different things: how each of them spoke, and the log. `None` for nbdkit.
+    #[track_caller]
+    fn end_of_several(self) -> Option<(Vec<Spoken>, String)> {
         let log = self.end_with_errors();
         if is_nbdkit() {
-            return;
+            return None;
         }
         assert!(!log.contains("error:"), "{log}");
-        let spoken = spoken(&log);
-        // The raw client of `content` and `put` speaks simply.
-        assert!(spoken.contains(&expected), "{spoken:?} in {log}");
-        assert!(spoken.iter().all(|one| [expected, Spoken::Simple].contains(one)), "{spoken:?} in {log}");
+        Some((spoken(&log), log))
     }
 
     /// Ends the server, whose log may tell of errors that the clients were meant to cause.

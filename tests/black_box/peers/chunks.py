@@ -1,13 +1,14 @@
 """Reads with a callback for each chunk, with and without NBD_CMD_FLAG_DF, over data and holes.
 
-chunks.py URI REPLIES: REPLIES is "structured", "simple" (the server has nothing else) or "declined" (the client does not ask).
+chunks.py URI REPLIES [KIND...]: REPLIES is "structured", "simple" (the server has nothing else) or "declined" (the client does
+not ask); the chunks of a large read must be of the KINDs "data" and "hole".
 """
 
 import sys
 
 import nbd
 
-uri, replies = sys.argv[1:]
+uri, replies, *kinds = sys.argv[1:]
 structured = replies == "structured"
 MIB = 1 << 20
 
@@ -20,6 +21,7 @@ assert handle.can_df() == structured
 assert handle.can_meta_context(nbd.CONTEXT_BASE_ALLOCATION) == structured
 size = handle.get_size()
 
+seen = set()
 image = bytearray(size)
 for at, length in [(0, 65536), (MIB, 4096), (2 * MIB + 1, 100000), (5 * MIB, 2 * MIB), (size - 1, 1)]:
     piece = bytes((at + n * 31) % 255 + 1 for n in range(251)) * (length // 251 + 1)
@@ -29,6 +31,7 @@ for at, length in [(0, 65536), (MIB, 4096), (2 * MIB + 1, 100000), (5 * MIB, 2 *
 
 def read(at, length, flags):
     chunks = []
+    seen.clear()
 
     def chunk(data, offset, status, error):
         assert error.value == 0
@@ -37,6 +40,7 @@ def read(at, length, flags):
         # A hole's data is not zeroed for the callback; its range in the export must be.
         expected = image[offset : offset + len(data)]
         assert not any(expected) if status == nbd.READ_HOLE else data == expected, (offset, len(data), status)
+        seen.add("hole" if status == nbd.READ_HOLE else "data")
         chunks.append((offset, len(data)))
         return 0
 
@@ -57,6 +61,9 @@ for at, length in [(0, 1), (0, size), (65535, 2), (MIB - 1, 4098), (2 * MIB, 4 *
     if structured:
         assert read(at, length, nbd.CMD_FLAG_DF) == 1
     assert handle.pread(length, at) == image[at : at + length]
+
+read(0, size, 0)
+assert not kinds or seen == set(kinds), seen
 
 # The callback's failure is the read's, and the connection goes on.
 def refuse(data, offset, status, error):

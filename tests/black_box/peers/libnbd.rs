@@ -223,7 +223,14 @@ fn a_pipeline_finds_what_it_wrote(case: Case) {
 
 fn reads_come_in_chunks_that_cover_them(case: Case) {
     let export = case.serve(IMAGE);
-    python(&export.room, include_str!("chunks.py"), &[&export.server.uri(), replies_name(case)]);
+    let uri = export.server.uri();
+    let kinds: &[&str] = match case.replies {
+        // nbdkit 1.32 sends the zeroes.
+        _ if is_nbdkit() => &[],
+        Replies::Structured => &["data", "hole"],
+        Replies::Simple => &["data"],
+    };
+    python(&export.room, include_str!("chunks.py"), &[&[uri.as_str(), replies_name(case)], kinds].concat());
     // Block status that was not negotiated is an error in the log.
     let _ = export.end_with_errors();
     let export = case.serve(IMAGE);
