@@ -466,6 +466,10 @@ fn long_option(word: &OsStr) -> Result<(&'static str, &'static OptionSpec, Optio
     if let Some(exact) = possible.iter().position(|(name, _)| name.len() == start.len()) {
         possible = vec![possible[exact]];
     }
+    // What is short for an option of nbdkit's stays so.
+    if possible.iter().any(|(name, _)| !options::OUR_OWN.contains(name)) {
+        possible.retain(|(name, _)| !options::OUR_OWN.contains(name));
+    }
     let Some((name, spec)) = possible.first() else {
         let meant = closest(&String::from_utf8_lossy(start), names.iter().map(|(name, _)| *name));
         return Err(UsageError::UnknownOption(word.to_string_lossy().into_owned(), meant));
@@ -672,11 +676,12 @@ mod tests {
             "option '--t' is ambiguous; possibilities: '--threads' '--time-out' '--timeout' '--tls' \
              '--tls-certificates' '--tls-psk' '--tls-verify-peer'"
         );
+        assert!(served(&["--pri", "null"]).print_uri && served(&["--pr", "null"]).print_uri);
         // Aliases of the first are not listed.
         assert_eq!(
             refused(&["--p=1"]),
             "option '--p=1' is ambiguous; possibilities: '--pid-file' '--port' \
-                                         '--print-uri' '--print-url' '--probe'"
+                                         '--print-uri' '--print-url'"
         );
     }
 

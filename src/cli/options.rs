@@ -23,6 +23,9 @@ pub struct OptionSpec {
     pub(super) effect: Effect,
 }
 
+/// Names that nbdkit does not have.
+pub(super) const OUR_OWN: &[&str] = &["drain-timeout", "grace-period", "json", "max-clients", "probe", "spin"];
+
 /// What an option does when it is met. A setter's error is a sentence without the program's name.
 #[derive(Debug)]
 pub(super) enum Effect {
