@@ -51,6 +51,8 @@ pub trait Filter: Send + Sync {
     /// reads and writes of all kinds. Otherwise a filter that has its own `read` needs its own `read_segments`, and one with a
     /// `write` a `write_blocks`.
     const CHANGES_DATA: bool = false;
+    /// The next device is others' too, and somebody else closes it.
+    const LEAVES_OPEN: bool = false;
 
     /// The device behind this one.
     fn next(&self) -> &dyn Device;
@@ -167,7 +169,7 @@ impl<F: Filter> Device for Filtered<F> {
     }
     fn close(&self) -> Result<()> {
         let closed = self.0.close();
-        self.0.next().close().and(closed)
+        if F::LEAVES_OPEN { closed } else { self.0.next().close().and(closed) }
     }
 }
 
@@ -207,6 +209,10 @@ pub trait FilterExports: Send + Sync + 'static {
     fn description(&self, client: &Client) -> Option<String> {
         self.next().description(client)
     }
+    #[allow(missing_docs, reason = "see Exports")]
+    fn thread_model(&self) -> ThreadModel {
+        Self::THREAD_MODEL.min(self.next().thread_model())
+    }
     /// Whether this filter has something to do at the end.
     fn unloads(&self) -> bool {
         false
@@ -244,7 +250,7 @@ impl<F: FilterExports> Exports for FilteredExports<F> {
         self.0.description(client)
     }
     fn thread_model(&self) -> ThreadModel {
-        F::THREAD_MODEL.min(self.0.next().thread_model())
+        self.0.thread_model()
     }
     fn unloads(&self) -> bool {
         self.0.unloads() || self.0.next().unloads()

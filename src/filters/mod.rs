@@ -2,8 +2,11 @@
 
 use crate::layer::{About, Filter};
 
+pub mod checkwrite;
 pub mod exitlast;
 pub mod exitwhen;
+pub mod openonce;
+pub mod tls_fallback;
 
 /// A filter by name.
 #[derive(Debug)]
@@ -16,8 +19,11 @@ pub struct Entry {
 
 /// Every filter, in alphabetical order, as help lists them.
 pub static ALL: &[Entry] = &[
+    Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
     Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
+    Entry { about: &openonce::ABOUT, new: || Box::new(openonce::OpenOnce) },
+    Entry { about: &tls_fallback::ABOUT, new: || Box::<tls_fallback::TlsFallback>::default() },
 ];
 
 /// The filter of that name.
