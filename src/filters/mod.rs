@@ -5,6 +5,7 @@ use crate::layer::{About, Filter};
 pub mod checkwrite;
 pub mod exitlast;
 pub mod exitwhen;
+pub mod extentlist;
 pub mod openonce;
 pub mod tls_fallback;
 
@@ -22,6 +23,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
     Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
+    Entry { about: &extentlist::ABOUT, new: || Box::<extentlist::ExtentList>::default() },
     Entry { about: &openonce::ABOUT, new: || Box::new(openonce::OpenOnce) },
     Entry { about: &tls_fallback::ABOUT, new: || Box::<tls_fallback::TlsFallback>::default() },
 ];
