@@ -137,7 +137,7 @@ fn write_until_the_end(socket: &Path, writer: usize, started: &mpsc::Sender<()>)
                 block = (block + 1) % BLOCKS;
             }
             let offset = ((writer * BLOCKS + block) * BLOCK) as u64;
-            let header = client.prepare(NBD_CMD_WRITE, 0, offset, BLOCK as u32);
+            let header = client.prepare(NBD_CMD_WRITE, 0, offset, BLOCK as u64);
             let cookie = u64::from_be_bytes(header[8..16].try_into().expect("eight bytes"));
             open.insert(cookie, (block, number));
             hung_up = client.socket.write_all(&[&header[..], &content(number)].concat()).is_err();

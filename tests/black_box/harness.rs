@@ -551,6 +551,16 @@ impl Server {
         client
     }
 
+    /// A client in transmission on the default export, with extended headers and `base:allocation`.
+    pub fn extended(&self) -> Client {
+        let mut client = self.connect();
+        client.start();
+        client.ask_for_extended_headers();
+        client.ask_for_base_allocation(b"");
+        client.go(b"");
+        client
+    }
+
     pub fn uri(&self) -> String {
         format!("nbd+unix://?socket={}", self.socket.display())
     }

@@ -178,7 +178,7 @@ impl Served {
         let mut content = Vec::new();
         while content.len() as u64 != self.size {
             let length = (self.size - content.len() as u64).min(PIECE as u64);
-            content.extend(client.read(content.len() as u64, length as u32));
+            content.extend(client.read(content.len() as u64, length));
         }
         client.disconnect();
         content

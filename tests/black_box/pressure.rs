@@ -143,7 +143,7 @@ impl<'a> Stuck<'a> {
                 let header = request_bytes(NBD_CMD_WRITE, 0, cookie, offset, length as u32);
                 [&header[..], &self.data[offset as usize..(offset + length) as usize]].concat()
             }
-            Ask::Blocks => self.client.prepare(NBD_CMD_BLOCK_STATUS, 0, HOLES, HOLED as u32).to_vec(),
+            Ask::Blocks => self.client.prepare(NBD_CMD_BLOCK_STATUS, 0, HOLES, HOLED),
         }
     }
 
@@ -206,8 +206,8 @@ impl<'a> Stuck<'a> {
         while self.client.unanswered() > 0 {
             let reply = self.client.next_reply().expect("all are answered");
             assert_eq!(reply.error, NBD_SUCCESS);
-            let expected = (0..(HOLED / PAGE) as usize).map(|page| (PAGE as u32, [0, 3][page % 2]));
-            assert!(reply.blocks.iter().copied().eq(expected), "{:?}", reply.blocks);
+            let expected = (0..(HOLED / PAGE) as usize).map(|page| (PAGE, [0, 3][page % 2]));
+            assert!(reply.blocks().iter().copied().eq(expected), "{:?}", reply.contexts);
         }
     }
 
@@ -433,7 +433,7 @@ fn half_a_write_costs_no_more_than_half_a_write() {
         let content = |number: u64| round * 10 + number as u8;
         let before = forget_peak(&server);
         for (number, client) in (0..).zip(&mut clients) {
-            let header = client.prepare(NBD_CMD_WRITE, 0, number * LENGTH, LENGTH as u32);
+            let header = client.prepare(NBD_CMD_WRITE, 0, number * LENGTH, LENGTH);
             client.send(&header);
         }
         let mut sent = 0;
@@ -456,7 +456,7 @@ fn half_a_write_costs_no_more_than_half_a_write() {
             assert_eq!(client.next_reply().map(|reply| reply.error), Some(NBD_SUCCESS));
         }
         for number in 0..CLIENTS {
-            let data = other.read(number * LENGTH, LENGTH as u32);
+            let data = other.read(number * LENGTH, LENGTH);
             assert!(data.iter().all(|byte| *byte == content(number)), "the data of client {number}");
         }
     }

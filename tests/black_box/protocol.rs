@@ -8,7 +8,7 @@ use super::harness::{Room, Server, nbdkit_differs, wait_for};
 use super::raw_client::*;
 
 const MIB: u64 = 1 << 20;
-const HOLE_AND_ZERO: u32 = 3;
+const HOLE_AND_ZERO: u64 = 3;
 
 /// A memory disk of 16 MiB.
 fn memory(room: &Room) -> Server {
@@ -396,7 +396,7 @@ mod requests {
         assert_eq!(client.ask(NBD_CMD_READ, NBD_CMD_FLAG_FUA, 0, 6).data, b"forced");
         assert_eq!(client.ask(NBD_CMD_FLUSH, NBD_CMD_FLAG_FUA, 0, 0).error, NBD_SUCCESS);
         assert_eq!(client.ask(NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_FUA, 0, 3).error, NBD_SUCCESS);
-        assert_eq!(client.ask(NBD_CMD_TRIM, NBD_CMD_FLAG_FUA, MIB, MIB as u32).error, NBD_SUCCESS);
+        assert_eq!(client.ask(NBD_CMD_TRIM, NBD_CMD_FLAG_FUA, MIB, MIB).error, NBD_SUCCESS);
         assert_eq!(client.read(0, 6), b"\0\0\0ced");
     }
 
@@ -479,7 +479,7 @@ mod requests {
             assert_eq!(client.write(0, offset, &data), NBD_SUCCESS);
         }
         let reply = client.ask(NBD_CMD_READ, NBD_CMD_FLAG_DF, 0, 65536);
-        assert_eq!((reply.error, reply.content_chunks), (NBD_SUCCESS, 1));
+        assert_eq!((reply.error, reply.content.len()), (NBD_SUCCESS, 1));
         assert_eq!(reply.data, client.read(0, 65536));
         assert_eq!(reply.data[8192..12288], data);
     }
@@ -694,10 +694,10 @@ mod requests {
                 let slot = number.wrapping_mul(2_654_435_761) % SLOTS;
                 let header = match number % 5 {
                     // Written again with what is there, so that the order does not matter.
-                    0 => client.prepare(NBD_CMD_WRITE, 0, slot * BLOCK, BLOCK as u32),
+                    0 => client.prepare(NBD_CMD_WRITE, 0, slot * BLOCK, BLOCK),
                     1 => client.prepare(NBD_CMD_FLUSH, 0, 0, 0),
                     2 => client.prepare(NBD_CMD_READ, 0, 1 << 40, 512),
-                    _ => client.prepare(NBD_CMD_READ, 0, slot * BLOCK, BLOCK as u32),
+                    _ => client.prepare(NBD_CMD_READ, 0, slot * BLOCK, BLOCK),
                 };
                 let cookie = u64::from_be_bytes(header[8..16].try_into().expect("eight bytes"));
                 bytes.extend(header);

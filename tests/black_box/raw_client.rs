@@ -1,6 +1,6 @@
 //! A client that speaks the protocol byte by byte, written from the specification alone so that it cannot share a mistake
 //! with the server. It checks what any client may rely on, and panics where the server breaks it.
-//! Source: NBD proto.md.
+//! Source: NBD proto.md, with extended headers.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -21,6 +21,7 @@ pub const NBD_OPT_GO: u32 = 7;
 pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
 pub const NBD_OPT_LIST_META_CONTEXT: u32 = 9;
 pub const NBD_OPT_SET_META_CONTEXT: u32 = 10;
+pub const NBD_OPT_EXTENDED_HEADERS: u32 = 11;
 
 pub const NBD_REP_ACK: u32 = 1;
 pub const NBD_REP_SERVER: u32 = 2;
@@ -29,6 +30,8 @@ pub const NBD_REP_META_CONTEXT: u32 = 4;
 pub const NBD_REP_ERR_UNSUP: u32 = (1 << 31) + 1;
 pub const NBD_REP_ERR_POLICY: u32 = (1 << 31) + 2;
 pub const NBD_REP_ERR_INVALID: u32 = (1 << 31) + 3;
+pub const NBD_REP_ERR_TOO_BIG: u32 = (1 << 31) + 9;
+pub const NBD_REP_ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 
 pub const NBD_INFO_EXPORT: u16 = 0;
 pub const NBD_INFO_NAME: u16 = 1;
@@ -45,6 +48,7 @@ pub const NBD_FLAG_SEND_DF: u16 = 1 << 7;
 pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 pub const NBD_FLAG_SEND_CACHE: u16 = 1 << 10;
 pub const NBD_FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+pub const NBD_FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
 pub const NBD_CMD_READ: u16 = 0;
 pub const NBD_CMD_WRITE: u16 = 1;
@@ -60,6 +64,7 @@ pub const NBD_CMD_FLAG_NO_HOLE: u16 = 1 << 1;
 pub const NBD_CMD_FLAG_DF: u16 = 1 << 2;
 pub const NBD_CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 pub const NBD_CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+pub const NBD_CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 pub const NBD_SUCCESS: u32 = 0;
 pub const NBD_EPERM: u32 = 1;
@@ -70,18 +75,29 @@ pub const NBD_EOVERFLOW: u32 = 75;
 pub const NBD_ENOTSUP: u32 = 95;
 pub const NBD_ESHUTDOWN: u32 = 108;
 
+/// The longest that a string may be anywhere in the protocol.
+pub const NBD_MAX_STRING: usize = 4096;
+/// The most data that the servers here take in one payload.
+pub const MAX_PAYLOAD: u64 = 64 << 20;
+/// "Servers SHOULD NOT send more than 2^20 extents in a single reply chunk"
+const MAX_EXTENTS: usize = 1 << 20;
+
 const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
+const CLISERV_MAGIC: u64 = 0x0000_4202_8186_1253;
 const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
 const NBD_REP_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const NBD_REQUEST_MAGIC: u32 = 0x2560_9513;
 const NBD_SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 const NBD_STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+const NBD_EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+const NBD_EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 const NBD_REPLY_FLAG_DONE: u16 = 1;
 const NBD_REPLY_TYPE_NONE: u16 = 0;
 const NBD_REPLY_TYPE_OFFSET_DATA: u16 = 1;
 const NBD_REPLY_TYPE_OFFSET_HOLE: u16 = 2;
 const NBD_REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+const NBD_REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 const NBD_REPLY_TYPE_ERROR: u16 = (1 << 15) + 1;
 const NBD_REPLY_TYPE_ERROR_OFFSET: u16 = (1 << 15) + 2;
 
@@ -103,17 +119,48 @@ pub struct Export {
     pub block_size: Option<[u32; 3]>,
 }
 
+/// What was agreed on for the transmission phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Headers {
+    /// Compact requests, simple replies.
+    Simple,
+    /// Compact requests, structured replies.
+    Structured,
+    /// Extended requests and replies.
+    Extended,
+}
+
+/// A content chunk of a read's reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Content {
+    /// From the start of the export.
+    pub offset: u64,
+    pub length: u64,
+    pub is_hole: bool,
+}
+
 /// The whole reply to a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reply {
     pub cookie: u64,
     /// `NBD_SUCCESS` or an `NBD_E*`.
     pub error: u32,
+    /// What an error chunk says beside the number.
+    pub message: String,
     pub data: Vec<u8>,
-    /// Length and flags of each block that block status described.
-    pub blocks: Vec<(u32, u32)>,
-    /// How many chunks with data or holes it took; 0 for a simple reply.
-    pub content_chunks: usize,
+    /// What block status said, by context in the order that it came in: length and flags of each block.
+    pub contexts: Vec<(u32, Vec<(u64, u64)>)>,
+    /// The chunks with data or holes in the order that they came in; none for a simple reply.
+    pub content: Vec<Content>,
+}
+
+impl Reply {
+    /// Length and flags of each block, where one context was answered.
+    #[track_caller]
+    pub fn blocks(&self) -> &[(u64, u64)] {
+        assert_eq!(self.contexts.len(), 1, "{self:?}");
+        &self.contexts[0].1
+    }
 }
 
 #[derive(Debug)]
@@ -121,7 +168,10 @@ struct Pending {
     kind: u16,
     flags: u16,
     offset: u64,
-    covered: Vec<(u64, u64)>,
+    /// What the request is about, in bytes of the export.
+    length: u64,
+    /// The contexts that a block status request is about.
+    contexts: Vec<u32>,
     reply: Reply,
 }
 
@@ -129,8 +179,9 @@ struct Pending {
 #[derive(Debug)]
 pub struct Client {
     pub socket: UnixStream,
-    structured: bool,
-    base_allocation: Option<u32>,
+    pub headers: Headers,
+    /// Id and name of the contexts that were set.
+    pub contexts: Vec<(u32, Vec<u8>)>,
     pending: HashMap<u64, Pending>,
     next_cookie: u64,
     pub export: Export,
@@ -147,8 +198,8 @@ impl Client {
         socket.set_write_timeout(Some(DEADLINE)).expect("a deadline is not zero");
         Client {
             socket,
-            structured: false,
-            base_allocation: None,
+            headers: Headers::Simple,
+            contexts: Vec::new(),
             pending: HashMap::new(),
             next_cookie: 0x1122_3344_5566_7700,
             export: Export::default(),
@@ -204,6 +255,16 @@ impl Client {
         let flags = u32::from(self.greeting());
         assert_eq!(flags & client_flags, client_flags, "the server offers what the client wants");
         self.send(&client_flags.to_be_bytes());
+    }
+
+    /// Reads the whole oldstyle handshake, after which this is a client in transmission.
+    pub fn oldstyle(&mut self) {
+        assert_eq!(self.u64(), NBDMAGIC);
+        assert_eq!(self.u64(), CLISERV_MAGIC);
+        self.export.size = self.u64();
+        assert_eq!(self.u16(), 0, "an oldstyle server has no handshake flags");
+        self.export.flags = self.u16();
+        assert_eq!(self.receive(124), [0; 124]);
     }
 
     pub fn send_option(&mut self, option: u32, data: &[u8]) {
@@ -290,38 +351,105 @@ impl Client {
     #[track_caller]
     pub fn ask_for_structured_replies(&mut self) {
         assert_eq!(self.option(NBD_OPT_STRUCTURED_REPLY, b""), (vec![], NBD_REP_ACK));
-        self.structured = true;
+        self.headers = Headers::Structured;
+    }
+
+    #[track_caller]
+    pub fn ask_for_extended_headers(&mut self) {
+        assert_eq!(self.option(NBD_OPT_EXTENDED_HEADERS, b""), (vec![], NBD_REP_ACK));
+        self.headers = Headers::Extended;
     }
 
     #[track_caller]
     pub fn ask_for_base_allocation(&mut self, name: &[u8]) {
-        let (replies, last) = self.option(NBD_OPT_SET_META_CONTEXT, &context_bytes(name, &[b"base:allocation"]));
-        assert_eq!(last, NBD_REP_ACK);
-        assert_eq!(replies.len(), 1, "{replies:?}");
-        assert_eq!(replies[0].kind, NBD_REP_META_CONTEXT);
-        assert_eq!(&replies[0].data[4..], b"base:allocation");
-        self.base_allocation = Some(u32::from_be_bytes(replies[0].data[..4].try_into().expect("four bytes")));
+        self.ask_for_contexts(name, &[b"base:allocation"]);
+        let names: Vec<_> = self.contexts.iter().map(|(_, name)| String::from_utf8_lossy(name)).collect();
+        assert_eq!(names, ["base:allocation"]);
     }
 
-    /// Notes a request and gives its header; the caller sends it, and a write's data after it.
-    pub fn prepare(&mut self, kind: u16, flags: u16, offset: u64, length: u32) -> [u8; 28] {
+    /// Sets the contexts that the queries select.
+    #[track_caller]
+    pub fn ask_for_contexts(&mut self, name: &[u8], queries: &[&[u8]]) {
+        let (replies, last) = self.option(NBD_OPT_SET_META_CONTEXT, &context_bytes(name, queries));
+        assert_eq!(last, NBD_REP_ACK);
+        self.contexts.clear();
+        for OptionReply { kind, data } in replies {
+            assert_eq!(kind, NBD_REP_META_CONTEXT);
+            let id = be32(&data);
+            let name = &data[4..];
+            assert!((1..=NBD_MAX_STRING).contains(&name.len()), "a name of {} bytes", name.len());
+            assert!(std::str::from_utf8(name).is_ok_and(|name| name.contains(':')), "{name:?}");
+            let is_new = self.contexts.iter().all(|known| known.0 != id && known.1 != name);
+            assert!(is_new, "each context has an id of its own: {:?} and {id}: {name:?}", self.contexts);
+            self.contexts.push((id, name.to_vec()));
+        }
+    }
+
+    /// The id of `base:allocation`.
+    #[track_caller]
+    pub fn base_allocation(&self) -> u32 {
+        self.contexts.iter().find(|(_, name)| name == b"base:allocation").expect("it was asked for").0
+    }
+
+    /// Notes a request and gives its header; the caller sends it, and a payload after it.
+    ///
+    /// `flags` are as the specification has them, but for a write with extended headers, which gets
+    /// `NBD_CMD_FLAG_PAYLOAD_LEN` as it must.
+    pub fn prepare(&mut self, kind: u16, flags: u16, offset: u64, length: u64) -> Vec<u8> {
+        let is_extended_write = self.headers == Headers::Extended && kind == NBD_CMD_WRITE;
+        let flags = if is_extended_write { flags | NBD_CMD_FLAG_PAYLOAD_LEN } else { flags };
+        self.prepare_exactly(kind, flags, offset, length)
+    }
+
+    /// As [`Client::prepare`], with just these flags.
+    pub fn prepare_exactly(&mut self, kind: u16, flags: u16, offset: u64, length: u64) -> Vec<u8> {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         let reply = Reply { cookie, ..Reply::default() };
-        let mut pending = Pending { kind, flags, offset, covered: Vec::new(), reply };
-        if kind == NBD_CMD_READ {
+        let contexts = self.contexts.iter().map(|(id, _)| *id).collect();
+        let mut pending = Pending { kind, flags, offset, length, contexts, reply };
+        // A read of more is refused by every server here.
+        if kind == NBD_CMD_READ && length <= 2 * MAX_PAYLOAD {
             // Another value than zero, so that a hole must be written.
             pending.reply.data = vec![0xee; length as usize];
         }
         self.pending.insert(cookie, pending);
-        request_bytes(kind, flags, cookie, offset, length)
+        match self.headers {
+            Headers::Extended => extended_request_bytes(kind, flags, cookie, offset, length).to_vec(),
+            _ => {
+                let length = u32::try_from(length).expect("a compact request has a length of 32 bits");
+                request_bytes(kind, flags, cookie, offset, length).to_vec()
+            }
+        }
     }
 
     /// Sends a request without waiting for its reply; returns its cookie.
-    pub fn request(&mut self, kind: u16, flags: u16, offset: u64, length: u32, data: &[u8]) -> u64 {
-        let header = self.prepare(kind, flags, offset, length);
-        self.send(&[&header, data].concat());
+    pub fn request(&mut self, kind: u16, flags: u16, offset: u64, length: u64, data: &[u8]) -> u64 {
+        let mut bytes = self.prepare(kind, flags, offset, length);
+        bytes.extend_from_slice(data);
+        self.send(&bytes);
         self.next_cookie - 1
+    }
+
+    /// Sends a request with a payload, whether the command has such a form or not, and with just these flags.
+    pub fn request_with_payload(&mut self, kind: u16, flags: u16, offset: u64, payload: &[u8]) -> u64 {
+        let flags = flags | NBD_CMD_FLAG_PAYLOAD_LEN;
+        let mut bytes = self.prepare_exactly(kind, flags, offset, payload.len() as u64);
+        bytes.extend_from_slice(payload);
+        self.send(&bytes);
+        self.next_cookie - 1
+    }
+
+    /// The reply to a block status request for some of the contexts only. No other request may be open.
+    #[track_caller]
+    pub fn ask_status_of(&mut self, flags: u16, offset: u64, length: u64, ids: &[u32]) -> Reply {
+        let mut payload = length.to_be_bytes().to_vec();
+        ids.iter().for_each(|id| payload.extend(id.to_be_bytes()));
+        let cookie = self.request_with_payload(NBD_CMD_BLOCK_STATUS, flags, offset, &payload);
+        let pending = self.pending.get_mut(&cookie).expect("it was just sent");
+        pending.length = length;
+        pending.contexts = ids.to_vec();
+        self.next_reply().expect("a reply")
     }
 
     /// How many requests have no reply yet.
@@ -345,6 +473,13 @@ impl Client {
             match u32::from_be_bytes(magic) {
                 NBD_SIMPLE_REPLY_MAGIC => return Some(self.simple_reply()),
                 NBD_STRUCTURED_REPLY_MAGIC => {
+                    assert_eq!(self.headers, Headers::Structured, "a structured reply");
+                    if let Some(reply) = self.chunk() {
+                        return Some(reply);
+                    }
+                }
+                NBD_EXTENDED_REPLY_MAGIC => {
+                    assert_eq!(self.headers, Headers::Extended, "an extended reply");
                     if let Some(reply) = self.chunk() {
                         return Some(reply);
                     }
@@ -355,10 +490,12 @@ impl Client {
     }
 
     fn simple_reply(&mut self) -> Reply {
+        assert_ne!(self.headers, Headers::Extended, "with extended headers no reply is simple");
         let error = self.u32();
         let cookie = self.u64();
         let mut pending = self.pending.remove(&cookie).expect("a reply is for a request, once");
-        assert!(!self.structured || pending.kind != NBD_CMD_READ, "reads get structured replies once negotiated");
+        let may_be_simple = self.headers == Headers::Simple || pending.kind != NBD_CMD_READ;
+        assert!(may_be_simple, "reads get structured replies once negotiated");
         assert!(pending.kind != NBD_CMD_BLOCK_STATUS || error != NBD_SUCCESS, "block status needs a structured reply");
         pending.reply.error = error;
         if error != NBD_SUCCESS {
@@ -370,57 +507,59 @@ impl Client {
         pending.reply
     }
 
+    /// A structured or extended chunk, after its magic. The reply when it is the last.
     fn chunk(&mut self) -> Option<Reply> {
-        assert!(self.structured, "structured replies were not negotiated");
+        let is_extended = self.headers == Headers::Extended;
         let flags = self.u16();
         let kind = self.u16();
         let cookie = self.u64();
-        let length = self.u32() as usize;
-        let payload = self.receive(length);
+        let offset = is_extended.then(|| self.u64());
+        let length = if is_extended { self.u64() } else { self.u32().into() };
+        assert!(length <= MAX_PAYLOAD + 8, "a chunk of {length} bytes");
+        let payload = self.receive(length as usize);
+        assert_eq!(flags & !NBD_REPLY_FLAG_DONE, 0, "no other flag was negotiated");
+        let base_allocation = self.contexts.iter().find(|(_, name)| name == b"base:allocation").map(|(id, _)| *id);
         let pending = self.pending.get_mut(&cookie).expect("a chunk is for a request that has no final chunk yet");
-        let be64 = |bytes: &[u8]| u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"));
-        let be32 = |bytes: &[u8]| u32::from_be_bytes(bytes[..4].try_into().expect("four bytes"));
+        assert!(offset.is_none_or(|offset| offset == pending.offset), "{offset:?} in the reply to {pending:?}");
         match kind {
             NBD_REPLY_TYPE_NONE => {
                 assert_eq!(length, 0);
                 assert_ne!(flags & NBD_REPLY_FLAG_DONE, 0, "a chunk of nothing is the last");
             }
-            NBD_REPLY_TYPE_OFFSET_DATA | NBD_REPLY_TYPE_OFFSET_HOLE => {
-                assert_eq!(pending.kind, NBD_CMD_READ);
-                let at = be64(&payload);
-                let size = match kind {
-                    NBD_REPLY_TYPE_OFFSET_DATA => payload.len() - 8,
-                    _ => be32(&payload[8..]) as usize,
-                };
-                assert!(size > 0, "a content chunk describes at least a byte");
-                let from = at.checked_sub(pending.offset).expect("content lies in the request") as usize;
-                let target = pending.reply.data.get_mut(from..from + size).expect("content lies in the request");
-                match kind {
-                    NBD_REPLY_TYPE_OFFSET_DATA => target.copy_from_slice(&payload[8..]),
-                    _ => target.fill(0),
-                }
-                let (start, end) = (from as u64, (from + size) as u64);
-                let overlap = pending.covered.iter().any(|&(from, to)| start < to && from < end);
-                assert!(!overlap, "content chunks do not overlap");
-                pending.covered.push((start, end));
-                pending.reply.content_chunks += 1;
-                let df = pending.flags & NBD_CMD_FLAG_DF != 0;
-                assert!(!df || pending.reply.content_chunks == 1, "DF allows one content chunk");
+            NBD_REPLY_TYPE_OFFSET_DATA => {
+                pending.content(be64(&payload), &payload[8..], payload.len() as u64 - 8, false)
+            }
+            NBD_REPLY_TYPE_OFFSET_HOLE => {
+                assert_eq!(length, 12);
+                pending.content(be64(&payload), &[], be32(&payload[8..]).into(), true);
             }
             NBD_REPLY_TYPE_BLOCK_STATUS => {
-                assert_eq!(pending.kind, NBD_CMD_BLOCK_STATUS);
-                assert_eq!(Some(be32(&payload)), self.base_allocation, "the context that was negotiated");
+                assert!(!is_extended, "a short block status although extended headers were negotiated");
                 assert_eq!((payload.len() - 4) % 8, 0);
-                let blocks = payload[4..].chunks(8).map(|block| (be32(block), be32(&block[4..])));
-                pending.reply.blocks.extend(blocks);
+                let blocks = payload[4..].chunks(8).map(|block| (be32(block).into(), be32(&block[4..]).into()));
+                pending.status(be32(&payload), blocks.collect(), base_allocation);
+            }
+            NBD_REPLY_TYPE_BLOCK_STATUS_EXT => {
+                assert!(is_extended, "an extended block status although extended headers were not negotiated");
+                assert_eq!((payload.len() - 8) % 16, 0);
+                let blocks: Vec<_> = payload[8..].chunks(16).map(|block| (be64(block), be64(&block[8..]))).collect();
+                assert_eq!(be32(&payload[4..]) as usize, blocks.len(), "the count of the descriptors");
+                pending.status(be32(&payload), blocks, base_allocation);
             }
             NBD_REPLY_TYPE_ERROR | NBD_REPLY_TYPE_ERROR_OFFSET => {
                 let message = usize::from(u16::from_be_bytes(payload[4..6].try_into().expect("two bytes")));
                 let text = std::str::from_utf8(&payload[6..6 + message]).expect("an error message is UTF-8");
                 assert!(!text.contains('\0'), "an error message has no NUL");
-                let rest = if kind == NBD_REPLY_TYPE_ERROR { 0 } else { 8 };
-                assert_eq!(payload.len(), 6 + message + rest);
+                assert!(message <= NBD_MAX_STRING, "an error message of {message} bytes");
+                if kind == NBD_REPLY_TYPE_ERROR {
+                    assert_eq!(payload.len(), 6 + message);
+                } else {
+                    assert_eq!(payload.len(), 6 + message + 8);
+                    let at = be64(&payload[6 + message..]).checked_sub(pending.offset);
+                    assert!(at.is_some_and(|at| at < pending.length), "an error lies in the request: {pending:?}");
+                }
                 pending.reply.error = be32(&payload);
+                pending.reply.message = text.to_owned();
                 assert_ne!(pending.reply.error, NBD_SUCCESS, "an error chunk has an error");
             }
             other => panic!("a chunk of unknown type {other}"),
@@ -432,22 +571,31 @@ impl Client {
         let mut reply = pending.reply;
         if reply.error != NBD_SUCCESS {
             reply.data.clear();
-        } else {
-            let covered: u64 = pending.covered.iter().map(|(from, to)| to - from).sum();
-            assert_eq!(covered, reply.data.len() as u64, "all of the read is described");
+            return Some(reply);
+        }
+        match pending.kind {
+            NBD_CMD_READ => {
+                let covered: u64 = reply.content.iter().map(|content| content.length).sum();
+                assert_eq!(covered, pending.length, "all of the read is described");
+            }
+            NBD_CMD_BLOCK_STATUS => {
+                let answered = |id: &u32| reply.contexts.iter().any(|(context, _)| context == id);
+                assert!(pending.contexts.iter().all(answered), "{:?} in {reply:?}", pending.contexts);
+            }
+            _ => (),
         }
         Some(reply)
     }
 
     /// A request and its reply; no other request may be open.
     #[track_caller]
-    pub fn ask(&mut self, kind: u16, flags: u16, offset: u64, length: u32) -> Reply {
+    pub fn ask(&mut self, kind: u16, flags: u16, offset: u64, length: u64) -> Reply {
         self.request(kind, flags, offset, length, b"");
         self.next_reply().expect("a reply")
     }
 
     #[track_caller]
-    pub fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
+    pub fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
         let reply = self.ask(NBD_CMD_READ, 0, offset, length);
         assert_eq!(reply.error, NBD_SUCCESS, "read of {length} at {offset}");
         reply.data
@@ -456,16 +604,16 @@ impl Client {
     /// Writes, and returns the error.
     #[track_caller]
     pub fn write(&mut self, flags: u16, offset: u64, data: &[u8]) -> u32 {
-        self.request(NBD_CMD_WRITE, flags, offset, data.len() as u32, data);
+        self.request(NBD_CMD_WRITE, flags, offset, data.len() as u64, data);
         self.next_reply().expect("a reply").error
     }
 
     /// The flags and lengths of a range.
     #[track_caller]
-    pub fn blocks(&mut self, flags: u16, offset: u64, length: u32) -> Vec<(u32, u32)> {
+    pub fn blocks(&mut self, flags: u16, offset: u64, length: u64) -> Vec<(u64, u64)> {
         let reply = self.ask(NBD_CMD_BLOCK_STATUS, flags, offset, length);
         assert_eq!(reply.error, NBD_SUCCESS, "block status of {length} at {offset}");
-        reply.blocks
+        reply.blocks().to_vec()
     }
 
     /// The connection must still work.
@@ -479,6 +627,55 @@ impl Client {
         self.request(NBD_CMD_DISC, 0, 0, 0, b"");
         self.expect_end();
     }
+}
+
+impl Pending {
+    /// A chunk of what is read.
+    fn content(&mut self, offset: u64, data: &[u8], length: u64, is_hole: bool) {
+        assert_eq!(self.kind, NBD_CMD_READ);
+        assert!(length > 0, "a content chunk describes at least a byte");
+        let from = offset.checked_sub(self.offset).expect("content lies in the request") as usize;
+        let target = self.reply.data.get_mut(from..from + length as usize).expect("content lies in the request");
+        if is_hole {
+            target.fill(0)
+        } else {
+            target.copy_from_slice(data)
+        }
+        let overlaps = |other: &Content| offset < other.offset + other.length && other.offset < offset + length;
+        assert!(!self.reply.content.iter().any(overlaps), "content chunks do not overlap");
+        self.reply.content.push(Content { offset, length, is_hole });
+        let df = self.flags & NBD_CMD_FLAG_DF != 0;
+        assert!(!df || self.reply.content.len() == 1, "DF allows one content chunk");
+    }
+
+    /// A chunk of block status.
+    fn status(&mut self, context: u32, blocks: Vec<(u64, u64)>, base_allocation: Option<u32>) {
+        assert_eq!(self.kind, NBD_CMD_BLOCK_STATUS);
+        assert!(self.contexts.contains(&context), "context {context} was not asked for: {self:?}");
+        assert!(self.reply.contexts.iter().all(|(id, _)| *id != context), "a context is answered once");
+        assert!((1..=MAX_EXTENTS).contains(&blocks.len()), "{} blocks", blocks.len());
+        assert!(blocks.iter().all(|(length, _)| *length > 0), "a block has at least a byte");
+        if Some(context) == base_allocation {
+            let known = |flags: u64| flags & !3 == 0;
+            assert!(blocks.iter().all(|(_, flags)| known(*flags)), "base:allocation has two flags");
+        }
+        let all_but_the_last: u64 = blocks[..blocks.len() - 1].iter().map(|(length, _)| length).sum();
+        let is_needed = blocks.len() == 1 || all_but_the_last < self.length;
+        assert!(is_needed, "blocks that begin after the request: {self:?}");
+        if self.flags & NBD_CMD_FLAG_REQ_ONE != 0 {
+            assert_eq!(blocks.len(), 1, "REQ_ONE allows one block");
+            assert!(blocks[0].0 <= self.length, "REQ_ONE allows no block beyond the request");
+        }
+        self.reply.contexts.push((context, blocks));
+    }
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes(bytes[..4].try_into().expect("four bytes"))
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"))
 }
 
 /// An option on the wire.
@@ -503,10 +700,22 @@ pub fn context_bytes(name: &[u8], queries: &[&[u8]]) -> Vec<u8> {
     data
 }
 
-/// The header of a request on the wire.
+/// The header of a compact request on the wire.
 pub fn request_bytes(kind: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> [u8; 28] {
     let mut bytes = [0; 28];
     bytes[..4].copy_from_slice(&NBD_REQUEST_MAGIC.to_be_bytes());
+    bytes[4..6].copy_from_slice(&flags.to_be_bytes());
+    bytes[6..8].copy_from_slice(&kind.to_be_bytes());
+    bytes[8..16].copy_from_slice(&cookie.to_be_bytes());
+    bytes[16..24].copy_from_slice(&offset.to_be_bytes());
+    bytes[24..].copy_from_slice(&length.to_be_bytes());
+    bytes
+}
+
+/// The header of an extended request on the wire.
+pub fn extended_request_bytes(kind: u16, flags: u16, cookie: u64, offset: u64, length: u64) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    bytes[..4].copy_from_slice(&NBD_EXTENDED_REQUEST_MAGIC.to_be_bytes());
     bytes[4..6].copy_from_slice(&flags.to_be_bytes());
     bytes[6..8].copy_from_slice(&kind.to_be_bytes());
     bytes[8..16].copy_from_slice(&cookie.to_be_bytes());

@@ -39,17 +39,17 @@ fn a_write_is_seen_by_all_connections_at_once(case: Case) {
             let written = data(length, offset);
             assert_eq!(clients[writer].write(0, offset, &written), NBD_SUCCESS);
             for reader in &mut clients {
-                assert_same(&reader.read(offset, length as u32), &written, "a write on another connection");
+                assert_same(&reader.read(offset, length), &written, "a write on another connection");
             }
             let kind = if writer % 2 == 0 { NBD_CMD_WRITE_ZEROES } else { NBD_CMD_TRIM };
-            let half = length.div_ceil(2) as u32;
+            let half = length.div_ceil(2);
             assert_eq!(clients[writer].ask(kind, 0, offset, half).error, NBD_SUCCESS);
-            let first = clients[writer].read(offset, length as u32);
+            let first = clients[writer].read(offset, length);
             if kind == NBD_CMD_WRITE_ZEROES {
                 assert!(first[..half as usize].iter().all(|&byte| byte == 0));
             }
             for reader in &mut clients {
-                assert_same(&reader.read(offset, length as u32), &first, "zeroes on another connection");
+                assert_same(&reader.read(offset, length), &first, "zeroes on another connection");
             }
         }
     }
@@ -169,7 +169,7 @@ fn fua_waits_for_the_disk(structured: bool) {
                     ("write zeroes, no hole", NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE),
                     ("trim", NBD_CMD_TRIM, 0),
                 ] {
-                    assert_eq!(client.ask(kind, flags | fua, offset, length as u32).error, NBD_SUCCESS, "{name}");
+                    assert_eq!(client.ask(kind, flags | fua, offset, length as u64).error, NBD_SUCCESS, "{name}");
                     asked.push((name, fua, length));
                 }
             }
