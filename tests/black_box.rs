@@ -15,12 +15,18 @@ mod drain;
 mod environment;
 #[path = "black_box/exit_when.rs"]
 mod exit_when;
+#[path = "black_box/extended.rs"]
+mod extended;
 #[path = "black_box/harness.rs"]
 mod harness;
 #[path = "black_box/lifetime.rs"]
 mod lifetime;
+#[path = "black_box/limits.rs"]
+mod limits;
 #[path = "black_box/modes.rs"]
 mod modes;
+#[path = "black_box/oldstyle.rs"]
+mod oldstyle;
 #[path = "black_box/peers.rs"]
 mod peers;
 #[path = "black_box/pressure.rs"]
@@ -35,6 +41,8 @@ mod raw_client;
 mod real_data;
 #[path = "black_box/soak.rs"]
 mod soak;
+#[path = "black_box/sparse_reads.rs"]
+mod sparse_reads;
 #[path = "black_box/terminal.rs"]
 mod terminal;
 #[path = "black_box/user.rs"]

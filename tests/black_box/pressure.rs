@@ -60,12 +60,12 @@ fn status(server: &Server, name: &str) -> u64 {
 }
 
 /// The most memory that was resident since the last [`forget_peak`].
-fn peak(server: &Server) -> u64 {
+pub fn peak(server: &Server) -> u64 {
     status(server, "VmHWM:")
 }
 
 /// Makes the peak what is resident now; returns that.
-fn forget_peak(server: &Server) -> u64 {
+pub fn forget_peak(server: &Server) -> u64 {
     fs::write(format!("/proc/{}/clear_refs", server.running.pid()), "5").expect("the server is ours");
     status(server, "VmRSS:")
 }
@@ -89,7 +89,7 @@ fn sleepers(server: &Server) -> Option<HashMap<String, (String, String)>> {
 
 /// Whether there was a moment during this call at which all threads of the server slept: each was asleep before and after
 /// it, and did not run in between.
-fn is_idle(server: &Server) -> bool {
+pub fn is_idle(server: &Server) -> bool {
     let before = sleepers(server);
     before.is_some() && before == sleepers(server)
 }

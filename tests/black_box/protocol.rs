@@ -16,7 +16,7 @@ fn memory(room: &Room) -> Server {
 }
 
 /// Data in which every place can be told from every other.
-fn pattern(length: usize, seed: u64) -> Vec<u8> {
+pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut data = Vec::with_capacity(length + 8);
     while data.len() < length {

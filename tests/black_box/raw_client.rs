@@ -274,12 +274,26 @@ impl Client {
     /// One reply to this option.
     #[track_caller]
     pub fn option_reply(&mut self, option: u32) -> OptionReply {
-        assert_eq!(self.u64(), NBD_REP_MAGIC);
+        self.option_reply_or_end(option).expect("a reply to the option")
+    }
+
+    /// One reply to this option; `None` where the server has closed the connection instead.
+    #[track_caller]
+    pub fn option_reply_or_end(&mut self, option: u32) -> Option<OptionReply> {
+        let mut magic = [0; 8];
+        match self.socket.read(&mut magic[..1]) {
+            Ok(1) => (),
+            Ok(_) => return None,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+            Err(error) => panic!("a reply to option {option}: {error}"),
+        }
+        magic[1..].copy_from_slice(&self.receive(7));
+        assert_eq!(u64::from_be_bytes(magic), NBD_REP_MAGIC);
         assert_eq!(self.u32(), option);
         let kind = self.u32();
         let length = self.u32();
         assert!(length <= 64 << 10, "an option reply of {length} bytes");
-        OptionReply { kind, data: self.receive(length as usize) }
+        Some(OptionReply { kind, data: self.receive(length as usize) })
     }
 
     /// All replies to this option, with the last, which is an acknowledgement or an error.
@@ -620,6 +634,15 @@ impl Client {
     #[track_caller]
     pub fn expect_alive(&mut self) {
         self.read(0, 512);
+    }
+
+    /// Reads and drops what comes. Whether something came; else the server has closed the connection.
+    pub fn reads_on(&mut self) -> bool {
+        match self.socket.read(&mut [0; 4096]) {
+            Ok(length) => length > 0,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => false,
+            Err(error) => panic!("the connection is neither used nor closed: {error}"),
+        }
     }
 
     /// Leaves in the orderly way.
