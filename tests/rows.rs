@@ -1,9 +1,10 @@
-//! Keeps the last column of docs/lifetimes.md true: it names, for each row of the contract, the tests that pin it.
+//! Keeps the tests that pages name true.
 //!
-//! A test pins the rows that the comment right above it names. A row without a test has a reason in that column, in
-//! parentheses, which is kept.
+//! The last column of docs/lifetimes.md names, for each row of the contract, the tests that pin it. A test pins the rows that
+//! the comment right above it names. A row without a test has a reason in that column, in parentheses, which is kept.
+//! docs/protocol.md is written by hand; each test that it names must exist.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -34,13 +35,13 @@ fn rows_in(line: &str) -> Vec<String> {
         .collect()
 }
 
-/// Row to tests, by the comment above each test.
-fn pinned(root: &Path) -> BTreeMap<String, Vec<String>> {
+/// Each test as `file::test`, with the rows that the comment above it names.
+fn tests(root: &Path) -> Vec<(String, Vec<String>)> {
     let mut files = Vec::new();
     for directory in ["tests", "actors/tests", "actors/src", "src"] {
         sources(&root.join(directory), &mut files);
     }
-    let mut pinned: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut tests = Vec::new();
     for file in files {
         let text = fs::read_to_string(&file).expect("a source file is text");
         let stem = file.file_stem().expect("it has a name").to_string_lossy().into_owned();
@@ -55,16 +56,24 @@ fn pinned(root: &Path) -> BTreeMap<String, Vec<String>> {
             } else {
                 if let (true, Some(rest)) = (is_test, line.strip_prefix("fn ")) {
                     let name = rest.split('(').next().unwrap_or_default();
-                    for row in rows.drain(..) {
-                        let tests = pinned.entry(row).or_default();
-                        let test = format!("{stem}::{name}");
-                        if !tests.contains(&test) {
-                            tests.push(test);
-                        }
-                    }
+                    tests.push((format!("{stem}::{name}"), std::mem::take(&mut rows)));
                 }
                 rows.clear();
                 is_test = false;
+            }
+        }
+    }
+    tests
+}
+
+/// Row to tests.
+fn pinned(root: &Path) -> BTreeMap<String, Vec<String>> {
+    let mut pinned: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (test, rows) in tests(root) {
+        for row in rows {
+            let tests = pinned.entry(row).or_default();
+            if !tests.contains(&test) {
+                tests.push(test.clone());
             }
         }
     }
@@ -105,4 +114,14 @@ fn every_row_of_the_contract_names_its_tests() {
     if std::env::var_os("UPDATE_ROWS").is_none() {
         assert!(fresh == text, "the page differs from the tests: run UPDATE_ROWS=1 cargo test --test rows");
     }
+}
+
+#[test]
+fn every_test_that_the_page_on_the_protocol_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/protocol.md")).expect("the page is there");
+    let tests: BTreeSet<String> = tests(root).into_iter().map(|(test, _)| test).collect();
+    let named = text.split('`').skip(1).step_by(2).filter(|code| code.contains("::") && *code != "file::test");
+    let missing: Vec<&str> = named.filter(|test| !tests.contains(*test)).collect();
+    assert_eq!(missing, Vec::<&str>::new(), "the page names tests that do not exist");
 }
