@@ -125,6 +125,8 @@ impl Handshake<'_> {
                 return self.choose(*agreed).await;
             }
         }
+        // The last option is answered like any other.
+        self.flush().await?;
         Err(End::Broken("client spent too much time negotiating without selecting an export".into()))
     }
 
@@ -135,6 +137,10 @@ impl Handshake<'_> {
                 return Err(End::Broken(format!("client option data too long ({length})")));
             }
             self.skip(length).await?;
+            // A selection that fails clears the one before it.
+            if option == NBD_OPT_SET_META_CONTEXT {
+                self.contexts = None;
+            }
             self.refuse(option, NBD_REP_ERR_TOO_BIG, "the option's data is too long");
             return Ok(Next::Another);
         }
