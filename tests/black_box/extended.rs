@@ -330,7 +330,9 @@ mod requests {
         let blocks = client.blocks(0, 0, u32::MAX.into());
         assert_eq!(blocks.len(), 1, "{blocks:?}");
         assert!((4096..=u64::from(u32::MAX)).contains(&blocks[0].0), "{blocks:?}");
-        assert_eq!(blocks[0].1, HOLE_AND_ZERO);
+        if !nbdkit_differs("to the null plugin of 1.32 all is data") {
+            assert_eq!(blocks[0].1, HOLE_AND_ZERO);
+        }
     }
 
     #[test]
@@ -398,24 +400,31 @@ mod requests {
         assert!(client.read(1, MAX_PAYLOAD) == data, "what was written is read");
     }
 
-    /// "the flag MUST be set for NBD_CMD_WRITE". Without it the length is not that of a payload.
+    /// "the flag MUST be set for NBD_CMD_WRITE", but QEMU up to 10 at least does not set it, and sends the data all the same.
     #[test]
-    fn a_write_without_the_payload_flag_is_invalid_and_has_no_payload() {
+    fn a_write_without_the_payload_flag_has_a_payload_all_the_same() {
         let room = Room::new();
         let Some(server) = memory(&room) else { return };
         let mut client = server.extended();
-        for length in [0, 1, 512, 16 * MIB, MAX_PAYLOAD + 1, 1 << 32, u64::MAX] {
-            for flags in [0, NBD_CMD_FLAG_FUA] {
-                let header = client.prepare_exactly(NBD_CMD_WRITE, flags, 0, length);
-                client.send(&header);
-                let reply = client.next_reply().expect("a reply");
-                assert!(
-                    reply.error == NBD_EINVAL || (length == 0 && reply.error == NBD_SUCCESS),
-                    "{length}: {reply:?}"
-                );
-                client.expect_alive();
-            }
+        for (flags, offset, wanted) in [
+            (0, 4096, NBD_SUCCESS),
+            (NBD_CMD_FLAG_FUA, 8192, NBD_SUCCESS),
+            (0, 1 << 40, NBD_ENOSPC),
+            (NBD_CMD_FLAG_DF, 0, NBD_EINVAL),
+        ] {
+            let mut bytes = client.prepare_exactly(NBD_CMD_WRITE, flags, offset, 32);
+            bytes.extend(decoy());
+            client.send(&bytes);
+            assert_eq!(client.next_reply().map(|reply| reply.error), Some(wanted), "{flags:#x} at {offset}");
         }
+        assert_eq!(client.read(4096, 32), decoy());
+        assert_eq!(client.read(8192, 32), decoy());
+        for length in [MAX_PAYLOAD + 1, 1 << 32, (1 << 32) + 32, u64::MAX] {
+            let mut client = server.extended();
+            client.send(&extended_request_bytes(NBD_CMD_WRITE, 0, 7, 0, length));
+            while client.reads_on() {}
+        }
+        client.expect_alive();
     }
 
     /// "in all other cases, a server SHOULD gracefully consume *length* bytes of payload (even if it then replies with an

@@ -58,7 +58,7 @@ mod memory {
         let room = Room::new();
         let Some(server) = serve(&room, &["memory", "100M"]) else { return };
         for mut client in clients(&server) {
-            for (offset, length) in [(0, 64 * KIB), (0, 64 * MIB), (MIB, 4 * KIB), (99 * MIB, MIB), (0, 100 * KIB)] {
+            for (offset, length) in [(0, 64 * KIB), (0, 64 * MIB), (MIB, 16 * KIB), (99 * MIB, MIB), (0, 100 * KIB)] {
                 let reply = read(&mut client, 0, offset, length);
                 assert_eq!(reply.content, [hole(offset, length)]);
                 assert!(reply.data.iter().all(|&byte| byte == 0));
@@ -124,7 +124,10 @@ mod memory {
                 assert!(reply.content.iter().all(|content| !content.is_hole), "{:?}", reply.content);
                 assert!(reply.data == server.simple().read(PAGE - length, 2 * length));
             }
-            assert_eq!(read(&mut client, 0, 0, MIN_HOLE).content, [hole(0, MIN_HOLE)]);
+            let short = read(&mut client, 0, PAGE - MIN_HOLE + 512, PAGE);
+            assert_eq!(short.content.iter().filter(|content| content.is_hole).count(), 0, "{:?}", short.content);
+            let long_enough = read(&mut client, 0, PAGE - MIN_HOLE, PAGE);
+            assert_eq!(long_enough.content[0], hole(PAGE - MIN_HOLE, MIN_HOLE));
         }
     }
 
