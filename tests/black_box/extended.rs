@@ -1,7 +1,9 @@
 //! Extended headers: requests of 64 bits, and block status for chosen contexts. That each reply has the right header, offset,
 //! chunk types and counts is checked by `raw_client.rs` for every request here. Source: NBD proto.md.
 
+use std::fs;
 use std::io::Write;
+use std::path::PathBuf;
 use std::thread;
 
 use super::harness::{Room, Server, nbdkit_differs, wait_for};
@@ -324,15 +326,16 @@ mod requests {
     /// A session with compact requests sees as much of such a disk as 32 bits can say.
     #[test]
     fn block_status_of_a_huge_disk_fits_into_32_bits_without_extended_headers() {
+        if nbdkit_differs("1.32 aborts") {
+            return;
+        }
         let room = Room::new();
         let server = room.serve(["null", "8191P"]);
         let mut client = server.structured();
         let blocks = client.blocks(0, 0, u32::MAX.into());
         assert_eq!(blocks.len(), 1, "{blocks:?}");
         assert!((4096..=u64::from(u32::MAX)).contains(&blocks[0].0), "{blocks:?}");
-        if !nbdkit_differs("to the null plugin of 1.32 all is data") {
-            assert_eq!(blocks[0].1, HOLE_AND_ZERO);
-        }
+        assert_eq!(blocks[0].1, HOLE_AND_ZERO);
     }
 
     #[test]
@@ -722,13 +725,17 @@ mod status {
 mod streams {
     use super::*;
 
-    /// Descriptors and threads that the server has.
+    /// Descriptors and threads that the server has, without those of the pool that all clients share: it keeps them.
     fn counts(server: &Server) -> (usize, usize) {
-        let count = |what| {
-            let entries = std::fs::read_dir(format!("/proc/{}/{what}", server.running.pid()));
-            entries.expect("the server is there").count()
+        let entries = |what| {
+            let path = format!("/proc/{}/{what}", server.running.pid());
+            fs::read_dir(path).expect("the server is there").flatten().map(|entry| entry.path())
         };
-        (count("fd"), count("task"))
+        let is_of_pool = |thread: &PathBuf| {
+            // A thread may end between these reads.
+            fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("blocking-"))
+        };
+        (entries("fd").count(), entries("task").filter(|thread| !is_of_pool(thread)).count())
     }
 
     /// All that a client says from the greeting on, with the places at which it is cut.
@@ -787,7 +794,7 @@ mod streams {
                 });
             }
         }
-        wait_for("the clients to leave nothing", || {
+        wait_for(&format!("no more than these descriptors and threads: {before:?}"), || {
             let (descriptors, threads) = counts(&server);
             (descriptors <= before.0 && threads <= before.1).then_some(())
         });
@@ -796,8 +803,8 @@ mod streams {
 
     /// Sockets that the server has open.
     fn sockets(server: &Server) -> usize {
-        let entries = std::fs::read_dir(format!("/proc/{}/fd", server.running.pid())).expect("the server is there");
-        let targets = entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let entries = fs::read_dir(format!("/proc/{}/fd", server.running.pid())).expect("the server is there");
+        let targets = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
         targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
     }
 
