@@ -23,6 +23,8 @@ mod harness;
 mod lifetime;
 #[path = "black_box/limits.rs"]
 mod limits;
+#[path = "black_box/manual.rs"]
+mod manual;
 #[path = "black_box/modes.rs"]
 mod modes;
 #[path = "black_box/oldstyle.rs"]
