@@ -609,6 +609,14 @@ fn carry_out(
     let offered = &agreement.offered;
     let native = |fua: bool| Flags { fua: fua && offered.fua == Support::Native, ..Flags::default() };
     let mut flush_after = false;
+    if let Command::Write { fua: true, .. } | Command::Trim { fua: true, .. } | Command::WriteZeroes { fua: true, .. } =
+        command
+        && offered.fua == Support::Emulate
+        && !call.may_block()
+    {
+        // Where the flush would wait all of it is made again, and by then a device may have taken the data's blocks.
+        return Err(Error::WouldBlock);
+    }
     match command {
         Command::Read { offset, length, whole } => {
             let start = out.mark();
