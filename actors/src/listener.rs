@@ -117,7 +117,12 @@ impl Listener {
         if let Some(hook) = self.before_refusing.take() {
             hook();
         }
-        // Closed before it is said, so that whoever connects after the end began is refused.
+        // Closed before it is said, so that whoever connects after the end began is refused. Whoever sends clients may hold
+        // the channel for longer, and what is in it with it.
+        if let Some(arrivals) = self.arrivals.take() {
+            arrivals.close();
+            while arrivals.try_recv().is_ok() {}
+        }
         drop(self);
         drop(guard);
         drop(closed);
