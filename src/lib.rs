@@ -23,6 +23,7 @@
 //! | `probe.rs` | `--probe`: what an NBD server offers |
 //! | `page_cache.rs` | whether a file's data can be had without waiting |
 //! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
+//! | `xoshiro.rs` | nbdkit's random numbers |
 
 pub mod captive;
 pub mod cli;
@@ -42,3 +43,4 @@ pub mod sweeper;
 pub mod uri;
 pub mod user;
 pub mod values;
+pub mod xoshiro;

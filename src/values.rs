@@ -87,6 +87,11 @@ pub fn unsigned(what: &str, text: &str) -> Result<u32, String> {
     unsigned_up_to(what, text, u64::from(u32::MAX)).map(|number| number as u32)
 }
 
+/// A number from 0 to 255. Base as in C.
+pub fn byte(what: &str, text: &str) -> Result<u8, String> {
+    unsigned_up_to(what, text, u64::from(u8::MAX)).map(|number| number as u8)
+}
+
 /// A number from 0 to 2^64-1. Base as in C.
 pub fn u64(what: &str, text: &str) -> Result<u64, String> {
     unsigned_up_to(what, text, u64::MAX)
@@ -126,7 +131,7 @@ fn in_full<T>(what: &str, text: &str, fit: impl FnOnce(&Number<'_>) -> Option<T>
 
 /// A decimal fraction as `scanf("%lg")` finds it at the start of a text, and what follows. Infinity, not-a-number and
 /// hexadecimal fractions are left out: nbdkit refuses the first two later, and takes the third by accident.
-fn fraction(text: &str) -> Option<(f64, &str)> {
+pub(crate) fn fraction(text: &str) -> Option<(f64, &str)> {
     let text = text.trim_start_matches(SPACE);
     let digits = |from: usize| text[from..].bytes().take_while(u8::is_ascii_digit).count();
     let sign = usize::from(text.starts_with(['+', '-']));
@@ -257,6 +262,8 @@ mod tests {
             assert_eq!(u64("threads", text), Ok(u64::from(number)), "{text}");
         }
         assert_eq!(u64("n", "0xffffffffffffffff"), Ok(u64::MAX));
+        assert_eq!(byte("n", "0xff"), Ok(255));
+        assert!(byte("n", "256").is_err());
         assert_eq!(int("n", "-2147483648"), Ok(i32::MIN));
         assert_eq!(int("n", "-0x10"), Ok(-16));
         assert_eq!(int("n", "2147483647"), Ok(i32::MAX));

@@ -19,6 +19,8 @@ mod exit_when;
 mod extended;
 #[path = "black_box/harness.rs"]
 mod harness;
+#[path = "black_box/layers.rs"]
+mod layers;
 #[path = "black_box/lifetime.rs"]
 mod lifetime;
 #[path = "black_box/limits.rs"]

@@ -4,8 +4,15 @@ use crate::layer::{About, Plugin};
 
 pub mod example1;
 pub mod file;
+pub mod full;
+pub mod info;
 pub mod memory;
 pub mod null;
+pub mod ones;
+pub mod pattern;
+pub mod random;
+pub mod sparse_random;
+pub mod zero;
 
 /// A plugin by name.
 #[derive(Debug)]
@@ -20,8 +27,15 @@ pub struct Entry {
 pub static ALL: &[Entry] = &[
     Entry { about: &example1::ABOUT, new: || Box::new(example1::Example1) },
     Entry { about: &file::ABOUT, new: || Box::<file::File>::default() },
+    Entry { about: &full::ABOUT, new: || Box::<full::Full>::default() },
+    Entry { about: &info::ABOUT, new: || Box::<info::Info>::default() },
     Entry { about: &memory::ABOUT, new: || Box::<memory::Memory>::default() },
     Entry { about: &null::ABOUT, new: || Box::<null::Null>::default() },
+    Entry { about: &ones::ABOUT, new: || Box::<ones::Ones>::default() },
+    Entry { about: &pattern::ABOUT, new: || Box::<pattern::Pattern>::default() },
+    Entry { about: &random::ABOUT, new: || Box::<random::Random>::default() },
+    Entry { about: &sparse_random::ABOUT, new: || Box::<sparse_random::SparseRandom>::default() },
+    Entry { about: &zero::ABOUT, new: || Box::new(zero::Zero) },
 ];
 
 /// The plugin of that name.
