@@ -220,7 +220,7 @@ fn error<T>(line: impl Into<String>) -> Result<T, ConfigError> {
 }
 
 /// The absolute path without symbolic links, so that the server may change its directory. Errors: nothing is there.
-fn real_path(value: Value<'_>) -> Result<PathBuf, ConfigError> {
+pub(super) fn real_path(value: Value<'_>) -> Result<PathBuf, ConfigError> {
     if value.0.is_empty() {
         return error("cannot resolve a null or empty path");
     }
@@ -311,7 +311,7 @@ impl Exports for Files {
                 (fd, writable && !client.read_only, name)
             }
         };
-        let open = OpenFile::new(fd, writable, name, self)?;
+        let open = OpenFile::new(fd, writable, name, self.cache, self.advice, &self.pace)?;
         Ok(Box::new(open))
     }
 
@@ -387,6 +387,12 @@ fn open_at(directory: impl AsFd, path: &Path, read_only: bool) -> device::Result
         Ok(fd) => Ok((fd, false)),
         Err(error) => Err(Error::system(format_args!("open: {}", path.display()), error)),
     }
+}
+
+/// An open file or block device as a device, for plugins that keep their data in files. `name` is for messages. Errors: it is
+/// something else.
+pub(super) fn serve(fd: OwnedFd, writable: bool, name: String) -> device::Result<Box<dyn Device>> {
+    Ok(Box::new(OpenFile::new(fd, writable, name, true, Advice::Normal, &Arc::default())?))
 }
 
 /// What is known of a block device. Source: Linux Documentation/ABI/stable/sysfs-block; nbdkit asks by ioctl.
@@ -486,13 +492,20 @@ struct OpenFile {
 }
 
 impl OpenFile {
-    fn new(fd: OwnedFd, writable: bool, name: String, files: &Files) -> device::Result<OpenFile> {
+    fn new(
+        fd: OwnedFd,
+        writable: bool,
+        name: String,
+        cache: bool,
+        advice: Advice,
+        pace: &Arc<Pace>,
+    ) -> device::Result<OpenFile> {
         let stat = rustix::fs::fstat(&fd).map_err(|error| Error::system(format_args!("fstat: {name}"), error))?;
         if !is_servable(&stat) {
             return Err(not_servable(&name));
         }
         // A hint: what becomes of it does not matter.
-        let _ = rustix::fs::fadvise(&fd, 0, None, files.advice);
+        let _ = rustix::fs::fadvise(&fd, 0, None, advice);
         let block = (file_type(&stat) == FileType::BlockDevice).then(|| Block::of(&stat));
         let extents = rustix::fs::seek(&fd, SeekFrom::Hole(0)).is_ok();
         let may_have_holes =
@@ -507,8 +520,8 @@ impl OpenFile {
             may_have_holes: AtomicBool::new(may_have_holes),
             data: Mutex::default(),
             in_memory,
-            unsynced: (!files.cache).then(Mutex::default),
-            pace: Arc::clone(&files.pace),
+            unsynced: (!cache).then(Mutex::default),
+            pace: Arc::clone(pace),
             can_read_nowait: AtomicBool::new(true),
             can_punch_hole: AtomicBool::new(true),
             can_zero_range: AtomicBool::new(true),
@@ -1222,7 +1235,7 @@ mod tests {
         let mut file = {
             let fd = open_at(CWD, &path, false).unwrap().0;
             let files = Files { place: Place::File(path), cache: true, advice: Advice::Normal, pace: Arc::default() };
-            OpenFile::new(fd, true, "file".to_owned(), &files).unwrap()
+            OpenFile::new(fd, true, "file".to_owned(), files.cache, files.advice, &files.pace).unwrap()
         };
         file.block = Some(Block { sector: 512, rotational: true, size: None });
         assert!(file.capabilities().unwrap().rotational);

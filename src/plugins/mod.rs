@@ -9,9 +9,12 @@ pub mod info;
 pub mod memory;
 pub mod null;
 pub mod ones;
+pub mod partitioning;
 pub mod pattern;
 pub mod random;
+mod regions;
 pub mod sparse_random;
+pub mod split;
 pub mod zero;
 
 /// A plugin by name.
@@ -32,9 +35,11 @@ pub static ALL: &[Entry] = &[
     Entry { about: &memory::ABOUT, new: || Box::<memory::Memory>::default() },
     Entry { about: &null::ABOUT, new: || Box::<null::Null>::default() },
     Entry { about: &ones::ABOUT, new: || Box::<ones::Ones>::default() },
+    Entry { about: &partitioning::ABOUT, new: || Box::<partitioning::Partitioning>::default() },
     Entry { about: &pattern::ABOUT, new: || Box::<pattern::Pattern>::default() },
     Entry { about: &random::ABOUT, new: || Box::<random::Random>::default() },
     Entry { about: &sparse_random::ABOUT, new: || Box::<sparse_random::SparseRandom>::default() },
+    Entry { about: &split::ABOUT, new: || Box::<split::Split>::default() },
     Entry { about: &zero::ABOUT, new: || Box::new(zero::Zero) },
 ];
 
