@@ -9,6 +9,8 @@
 //! longer than one page takes to copy. A reply borrows a page by counting itself in; who then writes to the page makes
 //! a new one, so what is on its way to a client never changes.
 //!
+//! So much of `allocator=sparse`, the default; the others are in `memory/`.
+//!
 //! Source: nbdkit plugins/memory/memory.c, common/allocators/sparse.c, plugins/memory/nbdkit-memory-plugin.pod.
 
 use std::ops::Range;
@@ -22,6 +24,9 @@ use nbdcaptive_actors::device::{
 use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
 use crate::values;
 
+mod malloc;
+mod zstd;
+
 /// See the module.
 pub static ABOUT: About = About {
     name: "memory",
@@ -30,14 +35,14 @@ pub static ABOUT: About = About {
         Parameter { key: "size", value: "<SIZE>", help: "size of the disk, up to 2^63-1 bytes", required: true },
         Parameter {
             key: "allocator",
-            value: "sparse",
-            help: "how memory is taken: as it is written to",
+            value: "sparse|malloc[,mlock=true]|zstd",
+            help: "how memory is taken: as it is written to; all at the start, and locked; compressed",
             required: false,
         },
     ],
     magic_key: Some("size"),
     thread_model: ThreadModel::Parallel,
-    dump: &[("mlock", "no"), ("zstd", "no")],
+    dump: &[("mlock", "yes"), ("zstd", "yes")],
 };
 
 /// The plugin.
@@ -45,6 +50,18 @@ pub static ABOUT: About = About {
 pub struct Memory {
     size: Option<u64>,
     allocator: Option<String>,
+    chosen: Allocator,
+}
+
+/// How memory is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Allocator {
+    #[default]
+    Sparse,
+    Malloc {
+        mlock: bool,
+    },
+    Zstd,
 }
 
 impl Plugin for Memory {
@@ -61,24 +78,71 @@ impl Plugin for Memory {
         if self.size.is_none() {
             return Err(ConfigError("you must specify size=<SIZE> on the command line".to_owned()));
         }
-        check_allocator(self.allocator.as_deref().unwrap_or("sparse"))
+        if let Some(text) = &self.allocator {
+            self.chosen = Allocator::parse(text)?;
+        }
+        Ok(())
     }
 
     fn ready(self: Box<Self>) -> Result<Arc<dyn Exports>, ConfigError> {
-        Ok(Arc::new(Same::new(Disk::new(self.size.unwrap_or(0)))))
+        let size = self.size.unwrap_or(0);
+        Ok(match self.chosen {
+            Allocator::Sparse => Arc::new(Same::new(Disk::new(size))),
+            Allocator::Malloc { mlock } => Arc::new(Same::new(malloc::Flat::new(size, mlock)?)),
+            Allocator::Zstd => Arc::new(Same::new(zstd::Compressed::new(size))),
+        })
     }
 }
 
-/// The grammar is `NAME[,KEY[=VALUE]]...`; the one allocator that there is takes no keys.
-fn check_allocator(text: &str) -> Result<(), ConfigError> {
-    let mut words = text.split(',');
-    if words.next() != Some("sparse") {
-        return Err(ConfigError(format!("unknown allocator \"{text}\" (available: sparse)")));
+impl Allocator {
+    /// The grammar is `NAME[,KEY[=VALUE]]...`; a key alone is switched on.
+    fn parse(text: &str) -> Result<Allocator, ConfigError> {
+        let mut words = text.split(',');
+        let mut allocator = match words.next() {
+            Some("sparse") => Allocator::Sparse,
+            Some("malloc") => Allocator::Malloc { mlock: false },
+            Some("zstd") => Allocator::Zstd,
+            _ => {
+                return Err(ConfigError(format!("unknown allocator \"{text}\" (available: sparse, malloc, zstd)")));
+            }
+        };
+        for word in words.filter(|word| !word.is_empty()) {
+            let (key, value) = word.split_once('=').unwrap_or((word, "1"));
+            match (&mut allocator, key) {
+                (_, "") => return Err(ConfigError("invalid allocator parameter".to_owned())),
+                (Allocator::Malloc { mlock }, "mlock") => *mlock = values::boolean(value).map_err(ConfigError)?,
+                (Allocator::Malloc { .. }, _) => {
+                    return Err(ConfigError(format!("allocator=malloc: unknown parameter {key}")));
+                }
+                (Allocator::Sparse, _) => {
+                    return Err(ConfigError("allocator=sparse does not take extra parameters".to_owned()));
+                }
+                (Allocator::Zstd, _) => {
+                    return Err(ConfigError("allocator=zstd does not take extra parameters".to_owned()));
+                }
+            }
+        }
+        Ok(allocator)
     }
-    if words.any(|word| !word.is_empty()) {
-        return Err(ConfigError("allocator=sparse does not take extra parameters".to_owned()));
+}
+
+/// What a disk in memory can do, whatever it is in.
+fn capabilities(preferred: u32, takes_blocks: bool) -> Capabilities {
+    Capabilities {
+        write: true,
+        flush: true,
+        trim: true,
+        zero: Support::Native,
+        fast_zero: true,
+        // Nothing outlives the server, so there is nothing to force.
+        fua: Support::Native,
+        multi_conn: true,
+        cache: Support::Native,
+        extents: true,
+        rotational: false,
+        takes_blocks,
+        block_size: Some(BlockSize { minimum: 1, preferred, maximum: u32::MAX }),
     }
-    Ok(())
 }
 
 /// Bytes of a page, which is what is taken and given back at a time.
@@ -219,47 +283,47 @@ impl Slot {
 }
 
 /// A part of the tree. A node that spans 2^n pages has children that span 2^(n-BITS).
-enum Node {
-    Inner(Box<[OnceLock<Node>; FANOUT]>),
-    Leaf(Box<[Slot; FANOUT]>),
+enum Node<S> {
+    Inner(Box<[OnceLock<Node<S>>; FANOUT]>),
+    Leaf(Box<[S; FANOUT]>),
 }
 
-impl Node {
+impl<S: Default> Node<S> {
     /// An empty node that spans 2^`span` pages.
-    fn new(span: u32) -> Node {
+    fn new(span: u32) -> Node<S> {
         if span > BITS {
             Node::Inner(Box::new(std::array::from_fn(|_| OnceLock::new())))
         } else {
-            Node::Leaf(Box::new(std::array::from_fn(|_| Slot::default())))
+            Node::Leaf(Box::new(std::array::from_fn(|_| S::default())))
         }
     }
 }
 
 /// Where a page is looked for.
-enum Found<'a> {
-    Slot(&'a Slot),
+enum Found<'a, S> {
+    Slot(&'a S),
     /// No node: this page and those behind it, so many together, read as zeroes. At least 1.
     Absent(u64),
 }
 
-struct Disk {
-    size: u64,
-    root: OnceLock<Node>,
+/// The slots of all pages, as far as they were written to.
+struct Tree<S> {
+    root: OnceLock<Node<S>>,
     /// The root spans 2^`span` pages; a multiple of [`BITS`], at most 54.
     span: u32,
 }
 
-impl Disk {
-    fn new(size: u64) -> Disk {
+impl<S: Default> Tree<S> {
+    fn new(size: u64) -> Tree<S> {
         let pages = size.div_ceil(PAGE as u64);
         let mut span = BITS;
         while pages > 1 << span {
             span += BITS;
         }
-        Disk { size, root: OnceLock::new(), span }
+        Tree { root: OnceLock::new(), span }
     }
 
-    fn find(&self, page: u64) -> Found<'_> {
+    fn find(&self, page: u64) -> Found<'_, S> {
         let (mut node, mut span) = (&self.root, self.span);
         loop {
             match node.get() {
@@ -273,22 +337,8 @@ impl Disk {
         }
     }
 
-    /// Gives the pages of a range in order, each with the part that is meant; `None` reads as zeroes, for so long.
-    fn borrow(&self, length: usize, mut offset: u64, mut give: impl FnMut(Option<Arc<Block>>, Range<usize>)) {
-        let end = offset + length as u64;
-        while offset < end {
-            let (page, range) = match self.find(offset / PAGE as u64) {
-                // No longer than what is asked for, which is a `usize`.
-                Found::Absent(pages) => (None, 0..remaining(offset, pages).min(end - offset) as usize),
-                Found::Slot(slot) => (slot.lend(), within(offset, end - offset)),
-            };
-            offset += range.len() as u64;
-            give(page, range);
-        }
-    }
-
     /// The slot of a page, with the nodes that lead to it.
-    fn slot(&self, page: u64) -> &Slot {
+    fn slot(&self, page: u64) -> &S {
         let (mut node, mut span) = (&self.root, self.span);
         loop {
             match node.get_or_init(|| Node::new(span)) {
@@ -298,6 +348,31 @@ impl Disk {
                     node = &children[(page >> span) as usize % FANOUT];
                 }
             }
+        }
+    }
+}
+
+struct Disk {
+    size: u64,
+    tree: Tree<Slot>,
+}
+
+impl Disk {
+    fn new(size: u64) -> Disk {
+        Disk { size, tree: Tree::new(size) }
+    }
+
+    /// Gives the pages of a range in order, each with the part that is meant; `None` reads as zeroes, for so long.
+    fn borrow(&self, length: usize, mut offset: u64, mut give: impl FnMut(Option<Arc<Block>>, Range<usize>)) {
+        let end = offset + length as u64;
+        while offset < end {
+            let (page, range) = match self.tree.find(offset / PAGE as u64) {
+                // No longer than what is asked for, which is a `usize`.
+                Found::Absent(pages) => (None, 0..remaining(offset, pages).min(end - offset) as usize),
+                Found::Slot(slot) => (slot.lend(), within(offset, end - offset)),
+            };
+            offset += range.len() as u64;
+            give(page, range);
         }
     }
 }
@@ -319,21 +394,7 @@ impl Device for Disk {
     }
 
     fn capabilities(&self) -> device::Result<Capabilities> {
-        Ok(Capabilities {
-            write: true,
-            flush: true,
-            trim: true,
-            zero: Support::Native,
-            fast_zero: true,
-            // Nothing outlives the server, so there is nothing to force.
-            fua: Support::Native,
-            multi_conn: true,
-            cache: Support::Native,
-            extents: true,
-            rotational: false,
-            takes_blocks: true,
-            block_size: Some(BlockSize { minimum: 1, preferred: PAGE as u32, maximum: u32::MAX }),
-        })
+        Ok(capabilities(PAGE as u32, true))
     }
 
     fn answers_at_once(&self) -> bool {
@@ -347,7 +408,7 @@ impl Device for Disk {
         while !buffer.is_empty() {
             let length = buffer.len() as u64;
             let part;
-            match self.find(offset / PAGE as u64) {
+            match self.tree.find(offset / PAGE as u64) {
                 Found::Absent(pages) => {
                     // No longer than the buffer, so it fits.
                     let absent = remaining(offset, pages).min(length) as usize;
@@ -387,7 +448,7 @@ impl Device for Disk {
         while !data.is_empty() {
             let range = within(offset, data.len() as u64);
             let (part, rest) = data.split_at(range.len());
-            self.slot(offset / PAGE as u64).write(part, range.start)?;
+            self.tree.slot(offset / PAGE as u64).write(part, range.start)?;
             data = rest;
             offset += part.len() as u64;
         }
@@ -401,7 +462,7 @@ impl Device for Disk {
         for (block, part) in data.parts() {
             let length = part.len() as u64;
             if fits && part.len() == PAGE {
-                self.slot(offset / PAGE as u64).take(block);
+                self.tree.slot(offset / PAGE as u64).take(block);
             } else {
                 self.write(&block.bytes()[part], offset, flags, call)?;
             }
@@ -423,7 +484,7 @@ impl Device for Disk {
         let end = offset + length;
         let mut offset = offset;
         while offset < end {
-            offset = match self.find(offset / PAGE as u64) {
+            offset = match self.tree.find(offset / PAGE as u64) {
                 Found::Absent(pages) => offset.saturating_add(remaining(offset, pages)),
                 Found::Slot(slot) => {
                     let range = within(offset, end - offset);
@@ -441,7 +502,7 @@ impl Device for Disk {
         let end = offset + extents.length();
         let mut looked = 0;
         while offset < end {
-            let (length, flags) = match self.find(offset / PAGE as u64) {
+            let (length, flags) = match self.tree.find(offset / PAGE as u64) {
                 Found::Absent(pages) => (remaining(offset, pages), HOLE | ZERO),
                 Found::Slot(slot) => {
                     looked += 1;
@@ -478,14 +539,14 @@ mod tests {
 
     impl Disk {
         fn live_pages(&self) -> usize {
-            fn count(node: &OnceLock<Node>) -> usize {
+            fn count(node: &OnceLock<Node<Slot>>) -> usize {
                 match node.get() {
                     None => 0,
                     Some(Node::Inner(children)) => children.iter().map(count).sum(),
                     Some(Node::Leaf(slots)) => slots.iter().filter(|slot| slot.shared().bytes().is_some()).count(),
                 }
             }
-            count(&self.root)
+            count(&self.tree.root)
         }
 
         fn bytes(&self, length: usize, offset: u64) -> Vec<u8> {
@@ -518,12 +579,24 @@ mod tests {
         };
         assert_eq!(error(&[]).unwrap(), "you must specify size=<SIZE> on the command line");
         assert_eq!(error(&[("size", "1M"), ("allocator", "foo")]).unwrap(), {
-            "unknown allocator \"foo\" (available: sparse)"
+            "unknown allocator \"foo\" (available: sparse, malloc, zstd)"
         });
         assert_eq!(error(&[("size", "1M"), ("allocator", "sparse,mlock=true")]).unwrap(), {
             "allocator=sparse does not take extra parameters"
         });
-        assert_eq!(error(&[("size", "1M"), ("allocator", "sparse,")]), None);
+        for (allocator, wanted) in [
+            ("zstd,level=1", "allocator=zstd does not take extra parameters"),
+            ("malloc,foo=1", "allocator=malloc: unknown parameter foo"),
+            ("malloc,=1", "invalid allocator parameter"),
+            ("malloc,mlock=perhaps", "could not decipher boolean (perhaps)"),
+        ] {
+            assert_eq!(error(&[("size", "1M"), ("allocator", allocator)]).unwrap(), wanted);
+        }
+        let error_of_size = error(&[("size", "9223372036854775807"), ("allocator", "malloc")]).unwrap();
+        assert!(error_of_size.starts_with("allocator=malloc: no memory"), "{error_of_size}");
+        for allocator in ["sparse,", "malloc", "malloc,mlock=false", "malloc,,mlock=0", "zstd"] {
+            assert_eq!(error(&[("size", "1M"), ("allocator", allocator)]), None, "{allocator}");
+        }
         let exports = ready("memory", &[("size", "9223372036854775807".as_ref())]).unwrap();
         assert_eq!(exports.open(&Client::default()).unwrap().size().unwrap(), i64::MAX as u64);
     }
@@ -576,6 +649,53 @@ mod tests {
     }
 
     #[test]
+    fn every_allocator_agrees_with_a_vector() {
+        const SIZE: usize = (1 << 20) + 777;
+        for allocator in ["sparse", "malloc", "zstd"] {
+            let parameters = [("size", SIZE.to_string()), ("allocator", allocator.to_owned())];
+            let parameters: Vec<_> = parameters.iter().map(|(key, value)| (*key, value.as_ref())).collect();
+            let device = ready("memory", &parameters).unwrap().open(&Client::default()).unwrap();
+            let mut random = Random(0x9e37_79b9_7f4a_7c15);
+            let mut model = vec![0; SIZE];
+            for step in 0..600 {
+                let range = random.range(SIZE as u64);
+                let (offset, length) = (range.start, range.end - range.start);
+                let range = range.start as usize..range.end as usize;
+                match random.below(4) {
+                    0 => {
+                        let data = random.bytes(range.len());
+                        device.write(&data, offset, NONE, &Call::BLOCKING).unwrap();
+                        model[range].copy_from_slice(&data);
+                    }
+                    1 => {
+                        device.zero(length, offset, NONE, &Call::BLOCKING).unwrap();
+                        model[range].fill(0);
+                    }
+                    2 => {
+                        let mut buffer = vec![1; range.len()];
+                        device.read(&mut buffer, offset, &Call::BLOCKING).unwrap();
+                        assert!(buffer == model[range], "{allocator}: step {step}");
+                    }
+                    _ => {
+                        let mut reply = Segments::default();
+                        device.read_segments(&mut reply, range.len(), offset, &Call::BLOCKING).unwrap();
+                        assert!(reply.to_vec() == model[range.clone()], "{allocator}: step {step}");
+                        let mut extents = Extents::new(offset, length, false);
+                        device.extents(&mut extents, &Call::BLOCKING).unwrap();
+                        let mut at = range.start;
+                        for extent in extents.list() {
+                            let run = &model[at..at + extent.length as usize];
+                            assert!(extent.flags == 0 || run.iter().all(|byte| *byte == 0), "{allocator}: step {step}");
+                            at += run.len();
+                        }
+                        assert_eq!(at, range.end, "{allocator}: step {step}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn memory_is_given_back() {
         let disk = Disk::new(1 << 30);
         disk.write(&vec![1; 4 * PAGE], P / 2, NONE, NOW).unwrap();
@@ -588,7 +708,7 @@ mod tests {
         // A page on its way to a client lives until it is there, and not in the disk.
         let mut reply = Segments::default();
         disk.read_segments(&mut reply, PAGE, 2 * P, NOW).unwrap();
-        let Found::Slot(slot) = disk.find(2) else { panic!("it was written") };
+        let Found::Slot(slot) = disk.tree.find(2) else { panic!("it was written") };
         let page = Arc::downgrade(&slot.lend().expect("it was written"));
         disk.zero(1 << 30, 0, NONE, &Call::BLOCKING).unwrap();
         assert_eq!(disk.live_pages(), 0);

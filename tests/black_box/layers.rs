@@ -9,6 +9,8 @@ use std::path::Path;
 
 use super::harness::{Launch, Room, nbdkit};
 
+#[path = "layers/allocators.rs"]
+mod allocators;
 #[path = "layers/files.rs"]
 mod files;
 #[path = "layers/simple.rs"]
