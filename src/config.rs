@@ -5,10 +5,11 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use nbdcaptive_actors::device::Exports;
+use async_channel::Receiver;
+use nbdcaptive_actors::device::{Exports, ThreadModel};
 
 use crate::cli::{Options, Parameter, closest, split_parameter};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Plugin, Value};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Plugin, Server, Step, Value};
 use crate::{filters, plugins};
 
 /// Layers that are configured.
@@ -19,6 +20,10 @@ pub struct Stack {
     pub lifetime: Lifetime,
     /// The plugin's name.
     pub plugin: &'static str,
+    /// What the plugin wants done when the server listens.
+    pub after_fork: Option<Step>,
+    /// A message asks for the end.
+    pub asked: Receiver<()>,
 }
 
 /// The layers that a command line names, not configured.
@@ -50,8 +55,15 @@ impl Layers {
         self.filters.iter().map(|(about, _)| ("filter", *about)).chain([("plugin", self.plugin.0)])
     }
 
-    /// Gives each parameter to the first layer that knows it, and completes all, the plugin first.
-    pub fn configure(mut self, parameters: &[OsString]) -> Result<Stack, ConfigError> {
+    /// What `--dump-plugin` shows of the plugin with these parameters, beside what it says of itself.
+    pub fn dump(&mut self, parameters: &[OsString]) -> Result<(Option<ThreadModel>, Vec<u8>), ConfigError> {
+        self.plugin.1.meet(&Server::new().0);
+        self.give_all(parameters)?;
+        self.plugin.1.dump()
+    }
+
+    /// Gives each parameter to the first layer that knows it.
+    fn give_all(&mut self, parameters: &[OsString]) -> Result<(), ConfigError> {
         for (index, word) in parameters.iter().enumerate() {
             match split_parameter(word) {
                 Parameter::KeyValue(key, value) => self.give(&key, &value)?,
@@ -66,16 +78,25 @@ impl Layers {
                 },
             }
         }
+        Ok(())
+    }
+
+    /// Gives each parameter to the first layer that knows it, and completes all, the plugin first.
+    pub fn configure(mut self, parameters: &[OsString]) -> Result<Stack, ConfigError> {
+        let (server, asked) = Server::new();
+        self.plugin.1.meet(&server);
+        self.give_all(parameters)?;
         self.plugin.1.config_complete()?;
         for (_, filter) in self.filters.iter_mut().rev() {
             filter.config_complete()?;
         }
         let mut lifetime = Lifetime::default();
+        let after_fork = self.plugin.1.after_fork();
         let mut exports = self.plugin.1.ready()?;
         for (_, filter) in self.filters.into_iter().rev() {
             exports = filter.ready(exports, &mut lifetime)?;
         }
-        Ok(Stack { exports, lifetime, plugin: self.plugin.0.name })
+        Ok(Stack { exports, lifetime, plugin: self.plugin.0.name, after_fork, asked })
     }
 
     fn give(&mut self, key: &str, value: &OsStr) -> Result<(), ConfigError> {
@@ -86,7 +107,7 @@ impl Layers {
                 return filter.config(key, value);
             }
         }
-        if takes(self.plugin.0) {
+        if takes(self.plugin.0) || self.plugin.1.takes_other_keys() {
             return self.plugin.1.config(key, value);
         }
         let taken: Vec<_> =

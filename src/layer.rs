@@ -75,8 +75,51 @@ impl<'a> Value<'a> {
     }
 }
 
-/// A plugin being configured. Order of calls: `config` for each parameter, `config_complete` once, `ready` once.
+/// What a plugin may ask of the server that it will be in.
+#[derive(Clone, Debug)]
+pub struct Server(async_channel::Sender<()>);
+
+impl Server {
+    /// The plugin's end of it, and where what it asks is heard.
+    pub fn new() -> (Server, async_channel::Receiver<()>) {
+        let (asked, hears) = async_channel::bounded(1);
+        (Server(asked), hears)
+    }
+
+    /// The server is to end, soon. Source: nbdkit_shutdown(3).
+    pub fn shut_down(&self) {
+        // Once is enough.
+        let _ = self.0.try_send(());
+    }
+}
+
+/// Something to be done once, or why it could not be, as a line.
+pub type Step = Box<dyn FnOnce() -> Result<(), ConfigError> + Send>;
+
+/// A plugin being configured. Order of calls: `meet`, `config` for each parameter, `config_complete` once, `after_fork` once,
+/// `ready` once. With `--dump-plugin`, `dump` after the parameters.
 pub trait Plugin {
+    /// Tells the plugin where it will be.
+    fn meet(&mut self, server: &Server) {
+        let _ = server;
+    }
+
+    /// Whether `config` takes keys that are not in [`About::parameters`] too, and says itself which it does not know.
+    fn takes_other_keys(&self) -> bool {
+        false
+    }
+
+    /// What the configured plugin adds to `--dump-plugin`: its thread model if that is another than [`About`] says, and lines.
+    fn dump(&mut self) -> Result<(Option<ThreadModel>, Vec<u8>), ConfigError> {
+        Ok((None, Vec::new()))
+    }
+
+    /// What is to be done when the server listens, as the user that it serves as, before the first client: where threads may
+    /// be started. An error ends the server. Source: nbdkit-plugin.pod `.after_fork`.
+    fn after_fork(&mut self) -> Option<Step> {
+        None
+    }
+
     /// Takes one parameter; the key is one of [`About::parameters`].
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError>;
 

@@ -17,6 +17,7 @@
 //! | `captive/` | `--run`: the front process, the guardian, the command, `$uri` and the shell's variables |
 //! | `daemon.rs` | going into the background |
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
+//! | `kept.rs` | processes that plugins start, kept so that none outlives the server |
 //! | `user.rs` | becoming another user and group |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
 //! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
@@ -31,6 +32,7 @@ pub mod config;
 pub mod daemon;
 pub mod filters;
 pub mod inherited;
+pub mod kept;
 pub mod layer;
 pub mod listen;
 pub mod page_cache;

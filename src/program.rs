@@ -8,7 +8,7 @@ use crate::cli::{self, Options, Request};
 use crate::config::Layers;
 use crate::inherited::Inherited;
 use crate::report::{PROGRAM, Report, print, to_stderr};
-use crate::{captive, daemon, filters, listen, plugins, probe, server};
+use crate::{captive, daemon, filters, kept, listen, plugins, probe, server};
 
 /// Runs the program with `words`, the first of which is its own name, and returns its exit status. To be called first of all
 /// in a process that has no thread yet: it forks.
@@ -36,6 +36,12 @@ pub fn run(words: Vec<OsString>) -> i32 {
             return 1;
         }
     };
+    if matches!(request, Request::Serve | Request::DumpPlugin)
+        && let Err(error) = plugins::sh::read_inline(&options)
+    {
+        Report::early().error(error);
+        return 1;
+    }
     if request != Request::Serve {
         return answer(request, &options);
     }
@@ -58,7 +64,7 @@ fn answer(request: Request, options: &Options) -> i32 {
         Request::ShortOptions => print(cli::short_options().as_bytes()),
         Request::LongOptions => print(cli::long_options().as_bytes()),
         Request::Help | Request::Version | Request::DumpPlugin => {
-            let layers = match options.plugin.as_ref().map(|_| Layers::find(options)).transpose() {
+            let mut layers = match options.plugin.as_ref().map(|_| Layers::find(options)).transpose() {
                 Ok(layers) => layers,
                 Err(error) => {
                     Report::early().error(error);
@@ -66,6 +72,18 @@ fn answer(request: Request, options: &Options) -> i32 {
                 }
             };
             let about: Vec<_> = layers.iter().flat_map(Layers::about).collect();
+            let dumped = match &mut layers {
+                Some(layers) if request == Request::DumpPlugin => layers.dump(&options.parameters),
+                _ => Ok(Default::default()),
+            };
+            kept::end();
+            let (model, further) = match dumped {
+                Ok(dumped) => dumped,
+                Err(error) => {
+                    Report::early().error(error);
+                    return 1;
+                }
+            };
             match request {
                 Request::Help => {
                     let plugins: Vec<_> = plugins::ALL.iter().map(|entry| entry.about).collect();
@@ -80,7 +98,14 @@ fn answer(request: Request, options: &Options) -> i32 {
                     }
                 }
                 // The plugin first, whatever stands before it.
-                _ => about.iter().rev().for_each(|(kind, about)| print(dump_plugin(kind, about).as_bytes())),
+                _ => {
+                    for (kind, about) in about.iter().rev() {
+                        print(dump_plugin(kind, about, model).as_bytes());
+                        if *kind == "plugin" {
+                            print(&further);
+                        }
+                    }
+                }
             }
         }
     }
@@ -88,17 +113,18 @@ fn answer(request: Request, options: &Options) -> i32 {
 }
 
 /// `--dump-plugin` of one layer. Source: nbdkit server/plugins.c `plugin_dump_fields`.
-fn dump_plugin(kind: &str, about: &crate::layer::About) -> String {
+fn dump_plugin(kind: &str, about: &crate::layer::About, model: Option<ThreadModel>) -> String {
     let mut text = String::new();
     if kind == "plugin" {
         text += &format!("name={}\nversion={}\n", about.name, env!("CARGO_PKG_VERSION"));
-        let model = match about.thread_model {
+        let name = |model| match model {
             ThreadModel::SerializeConnections => "serialize_connections",
             ThreadModel::SerializeAllRequests => "serialize_all_requests",
             ThreadModel::SerializeRequests => "serialize_requests",
             ThreadModel::Parallel => "parallel",
         };
-        text += &format!("max_thread_model={model}\nthread_model={model}\n");
+        let (most, model) = (name(about.thread_model), name(model.unwrap_or(about.thread_model)));
+        text += &format!("max_thread_model={most}\nthread_model={model}\n");
         if let Some(key) = about.magic_key {
             text += &format!("magic_config_key={key}\n");
         }

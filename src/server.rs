@@ -25,6 +25,7 @@ use crate::cli::{ExitWithParent, Options, Tls, Unix};
 use crate::config::{Layers, Stack};
 use crate::daemon::Launcher;
 use crate::inherited::{Inherited, all_signals};
+use crate::kept;
 use crate::listen::{self, Listening, PrivateDirectory};
 use crate::report::{Report, print};
 use crate::sweeper::Sweeper;
@@ -54,7 +55,7 @@ pub enum Role<'a> {
 
 /// Serves until the end, and returns the exit status. To be called in a process without threads.
 pub fn run(options: &Options, role: Role<'_>) -> i32 {
-    match prepare(options, role) {
+    let status = match prepare(options, role) {
         Ok(Some(ready)) => ready.serve(),
         Ok(None) => 0,
         Err(Failure { report, line, is_config }) => {
@@ -66,7 +67,9 @@ pub fn run(options: &Options, role: Role<'_>) -> i32 {
             }
             1
         }
-    }
+    };
+    kept::end();
+    status
 }
 
 struct Failure {
@@ -87,6 +90,8 @@ struct Ready<'a> {
     leftovers: Leftovers,
     daemon: Option<Launcher>,
     signals: Meaning,
+    /// A message asks for the end.
+    asked: Receiver<()>,
 }
 
 /// What certain signals mean to this process.
@@ -156,7 +161,8 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     let layers = Layers::find(options).map_err(config)?;
     let way: Vec<_> = layers.about().map(|(kind, about)| format!("{} ({kind})", about.name)).collect();
     report.debug(format_args!("request processing: {}", way.join(" -> ")));
-    let Stack { exports, lifetime, plugin } = layers.configure(&options.parameters).map_err(config)?;
+    let Stack { exports, lifetime, plugin, after_fork, asked } =
+        layers.configure(&options.parameters).map_err(config)?;
     let report = report.clone().about_plugin(plugin);
 
     if let Some(event) = &lifetime.already {
@@ -212,6 +218,9 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         if user::is_wanted(options) {
             user::change(options)?;
         }
+        if let Some(after_fork) = after_fork {
+            after_fork().map_err(|error| format!("error: {error}"))?;
+        }
         Ok(source)
     };
     let source = match start() {
@@ -266,7 +275,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         Parent::Polled(pid) => server = server.parent_polled(move || getppid().as_raw() != pid),
         Parent::NotWatched | Parent::Signals | Parent::Gone => {}
     }
-    Ok(Some(Ready { options, report, server, errand, captivity, sweeper, leftovers, daemon, signals }))
+    Ok(Some(Ready { options, report, server, errand, captivity, sweeper, leftovers, daemon, signals, asked }))
 }
 
 /// Starts async-io's reactor, which has a thread and descriptors of its own and panics where it cannot have them.
@@ -323,8 +332,18 @@ fn environment(options: &Options, listening: &Listening) -> Environment {
 
 impl Ready<'_> {
     fn serve(self) -> i32 {
-        let Ready { options, report, mut server, errand, captivity, sweeper, leftovers, daemon, signals: meaning } =
-            self;
+        let Ready {
+            options,
+            report,
+            mut server,
+            errand,
+            captivity,
+            sweeper,
+            leftovers,
+            daemon,
+            signals: meaning,
+            asked,
+        } = self;
         let executor = Arc::new(Executor::new());
         let ended = async_io::block_on(executor.run(async {
             let signals = signals()?;
@@ -341,6 +360,14 @@ impl Ready<'_> {
                 launcher.detach(options.verbose)?;
             }
             let handle = running.handle();
+            let _asked = executor.spawn({
+                let handle = handle.clone();
+                async move {
+                    if asked.recv().await.is_ok() {
+                        handle.shut_down(Cause::Requested);
+                    }
+                }
+            });
             // Both live as long as the server: dropped with these bindings.
             let child = sweeper.as_ref().map(Sweeper::pid);
             let _signals = executor.spawn(pass_signals(signals, handle, meaning, child));

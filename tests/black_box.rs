@@ -3,6 +3,8 @@
 //! `NBDCAPTIVE_TEST_SERVER=/usr/bin/nbdkit cargo test --test black_box` asks the same of nbdkit; what it is known to answer
 //! otherwise is named where it is asked, by `harness::nbdkit_differs`.
 
+#[path = "black_box/both.rs"]
+mod both;
 #[path = "black_box/captive.rs"]
 mod captive;
 #[path = "black_box/cli.rs"]
@@ -43,6 +45,8 @@ mod protocol;
 mod raw_client;
 #[path = "black_box/real_data.rs"]
 mod real_data;
+#[path = "black_box/scripts.rs"]
+mod scripts;
 #[path = "black_box/soak.rs"]
 mod soak;
 #[path = "black_box/sparse_reads.rs"]

@@ -1,0 +1,421 @@
+//! `sh` and `eval`: what scripts are asked, what they may answer, and that nothing of them outlives the server.
+//! Source: nbdkit-sh-plugin(3), nbdkit-eval-plugin(1); nbdkit's tests/test-sh-*.sh and test-eval-*.sh.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+
+use nix::sys::signal::Signal;
+
+use super::both::{both, ours};
+use super::harness::{Room, nbdkit_differs};
+use super::raw_client::*;
+
+/// A disk in a file of its own, with every method. Each call about data leaves a line in `calls`.
+const DISK: &str = r#"#!/bin/sh
+disk="$tmpdir/disk"
+case "$1" in
+    config) echo "$1 $2 $3" >> calls ;;
+    config_complete) truncate -s 1M "$disk" ;;
+    thread_model) echo serialize_requests ;;
+    open) echo "handle of $2, $3, $4" ;;
+    export_description) echo "of $2" ;;
+    default_export) printf 'INTERLEAVED\nfirst\nthe first\n' ;;
+    list_exports) printf 'INTERLEAVED\nfirst\nthe first\nsecond\nthe second\n' ;;
+    get_size) stat -c %s "$disk" ;;
+    block_size) echo 1 "4K  1M" ;;
+    can_write | can_flush | can_trim | can_zero | can_extents | can_multi_conn | can_fast_zero) exit 0 ;;
+    is_rotational) exit 3 ;;
+    can_fua) echo native ;;
+    can_cache) echo native ;;
+    pread) echo "$@" >> calls; dd if="$disk" skip="$4" count="$3" iflag=count_bytes,skip_bytes status=none ;;
+    pwrite) echo "$@" >> calls; dd of="$disk" seek="$4" conv=notrunc oflag=seek_bytes status=none ;;
+    zero)
+        echo "$@" >> calls
+        case "$5" in *fast*) echo ENOTSUP >&2; exit 1 ;; esac
+        dd if=/dev/zero of="$disk" seek="$4" count="$3" conv=notrunc oflag=seek_bytes iflag=count_bytes status=none ;;
+    trim | flush | cache) echo "$@" >> calls ;;
+    extents) echo "$@" >> calls; echo "0 512K"; echo "512K 256K zero"; echo "768K 1M hole,zero" ;;
+    *) exit 2 ;;
+esac
+"#;
+
+fn script(room: &Room, name: &str, text: &str) {
+    let path = room.write(name, text);
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("the file is ours");
+}
+
+#[test]
+fn a_script_with_every_method_is_asked_as_by_nbdkit() {
+    let operations = [
+        "about",
+        "list",
+        "write 10 100000 7",
+        "write 5 1 9 fua",
+        "read 0 16",
+        "read 0 200000",
+        "zero 20 1000",
+        "zero 20 1000 no_hole",
+        "zero 30 10 fast",
+        "zero 30 10 fua",
+        "trim 4096 4096",
+        "trim 4096 4096 fua",
+        "cache 0 65536",
+        "flush",
+        "map 0 1048576",
+        "map 524288 65536 one",
+        "read 1048575 2",
+        "as second",
+        "about",
+    ];
+    let calls = |arguments: &[&str]| {
+        let rooms = std::cell::RefCell::new(Vec::new());
+        let text = both(arguments, &operations, |room| {
+            script(room, "disk", DISK);
+            rooms.borrow_mut().push(room.path("calls"));
+        });
+        (text, rooms)
+    };
+    let (text, _) = calls(&["sh", "disk", "a=b", "c=d e"]);
+    assert!(text.contains("zero 30 10 fast: failed: ENOTSUP"), "{text}");
+    assert!(text.contains("description 'of handle of false, second, false'"), "{text}");
+    // As one who may only read.
+    let text = both(&["-r", "sh", "disk"], &["about", "read 0 10", "map 0 1048576"], |room| script(room, "disk", DISK));
+    assert!(text.contains("is_read_only"), "{text}");
+}
+
+#[test]
+fn the_words_of_each_call_are_nbdkits() {
+    let operations =
+        ["write 5 100 7 fua", "zero 20 1000", "zero 20 10 no_hole", "trim 0 512", "read 0 3", "map 0 100 one"];
+    let calls = |room: &Room| {
+        let text = fs::read_to_string(room.path("calls")).expect("the script has written it");
+        // At the end of a connection there is a flush of ours more.
+        text.lines().filter(|line| !line.starts_with("flush")).collect::<Vec<_>>().join("\n")
+    };
+    let (room, other) = (Room::new(), Room::new());
+    let arguments = ["sh", "disk", "key=value"];
+    for room in [&room, &other] {
+        script(room, "disk", DISK);
+    }
+    other.write("operate.py", super::both::OPERATE);
+    other.nbdkit_captive(arguments, super::both::command(&operations)).run_to(0);
+    ours(&room, &arguments, &operations);
+    assert_eq!(calls(&room), calls(&other));
+    assert!(calls(&room).contains("zero handle of false, first, false 1000 20 may_trim"), "{}", calls(&room));
+}
+
+/// "If the script doesn't print anything or the output cannot be parsed then nbdkit assumes error EIO."
+#[test]
+fn errors_have_the_numbers_that_scripts_name() {
+    const ERRORS: &str = r#"#!/bin/sh
+case "$1" in
+    get_size) echo 64K ;;
+    can_write | can_zero) echo ENOMEM >&2; exit 0 ;;
+    zero) echo ENOTSUP >&2; exit 1 ;;
+    pwrite) cat > /dev/null; echo ENOSPC full >&2; exit 1 ;;
+    pread)
+        case "$4" in
+            0) printf ENOMEM >&2; exit 1 ;;
+            1) echo eperm >&2; exit 1 ;;
+            2) echo ENOSPC custom message >&2; exit 1 ;;
+            3) printf 'ESHUTDOWN\nline one\nline two\n' >&2; exit 1 ;;
+            4) echo EPIPE >&2; exit 1 ;;
+            5) echo EINVALID >&2; exit 1 ;;
+            6) exit 1 ;;
+            7) exit 3 ;;
+            8) exit 2 ;;
+            9) echo too much for one ;;
+            10) printf '' ;;
+            11) kill -s KILL $$ ;;
+            12) echo EINVAL >&2; exit 77 ;;
+            13) echo EROFS >&2; exit 1 ;;
+            14) echo EFBIG >&2; exit 1 ;;
+        esac ;;
+    *) exit 2 ;;
+esac
+"#;
+    let mut operations: Vec<_> = (0..15).map(|number| format!("read {number} 1")).collect();
+    operations.extend(["write 0 1 1".to_owned(), "zero 0 512".to_owned(), "write 0 65536 1".to_owned()]);
+    let operations: Vec<_> = operations.iter().map(String::as_str).collect();
+    let text = both(&["sh", "errors"], &operations, |room| script(room, "errors", ERRORS));
+    for line in
+        ["read 0 1: failed: ENOMEM", "read 5 1: failed: EIO", "read 11 1: failed: EIO", "zero 0 512: failed: ENOSPC"]
+    {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+}
+
+#[test]
+fn eval_knows_which_methods_are_there() {
+    let disk = [
+        "eval",
+        "config=ln -sf \"$PWD/$3\" $tmpdir/file",
+        "get_size=stat -Lc %s $tmpdir/file",
+        "pread=dd if=$tmpdir/file skip=$4 count=$3 iflag=count_bytes,skip_bytes status=none",
+        "pwrite=dd of=$tmpdir/file seek=$4 conv=notrunc oflag=seek_bytes status=none",
+        "extents=echo 0 1M hole,zero",
+        "cache=exit 0",
+        "trim=exit 0",
+        "flush=exit 0",
+        "file=disk.img",
+    ];
+    let operations = [
+        "about",
+        "write 3 10 5",
+        "read 0 20",
+        "zero 4 2",
+        "read 0 20",
+        "trim 0 10",
+        "flush",
+        "cache 0 9",
+        "map 0 65536",
+    ];
+    let text = both(&disk, &operations, |room| drop(room.write("disk.img", vec![1; 65536])));
+    assert!(text.contains("can_zero") && text.contains("can_cache"), "{text}");
+    // Nothing but what must be.
+    let text = both(&["eval", "get_size=echo 1K"], &["about", "read 0 1", "list", "as x", "about"], |_| ());
+    assert!(text.contains("is_read_only"), "{text}");
+    both(
+        &[
+            "eval",
+            "get_size=echo 1K",
+            "missing=test $1 != can_fua || exec echo native; test $1 != can_write; exit $((2+$?))",
+        ],
+        &["list", "about"],
+        |_| (),
+    );
+    both(&["eval", "get_size=echo 1K", "default_export=echo hello"], &["list", "about"], |_| ());
+    both(&["eval", "get_size=echo 1K", "default_export=exit 1"], &["list", "about", "as x", "about"], |_| ());
+    both(&["eval", "get_size=echo 1K", "open=exit 1"], &["list", "about"], |_| ());
+}
+
+#[test]
+fn bad_configurations_are_one_line_and_status_1() {
+    let room = Room::new();
+    script(&room, "errors", "#!/bin/sh\nexec sh ./$1.sh \"$@\"\n");
+    script(&room, "ok", "case \"$1\" in get_size) echo 0 ;; *) exit 2 ;; esac\n");
+    script(&room, "refuses", "case \"$1\" in config) echo EINVAL no such key $2 >&2; exit 1 ;; *) exit 2 ;; esac\n");
+    script(&room, "model", "case \"$1\" in thread_model) exit 1 ;; *) exit 2 ;; esac\n");
+    script(&room, "false", "exit 3\n");
+    script(&room, "late", "case \"$1\" in after_fork) echo too late >&2; exit 1 ;; *) exit 2 ;; esac\n");
+    room.write("data", "exit 0\n");
+    let refused = |arguments: &[&str], words: &[&str]| {
+        let output = room.captive(arguments, "touch started").run_to(1);
+        output.expect_error_line(words);
+        room.assert_nothing_left();
+        assert!(!room.path("started").exists());
+    };
+    refused(&["sh"], &["missing script parameter"]);
+    refused(&["sh", "script="], &["No such file"]);
+    refused(&["sh", "nowhere"], &["nowhere", "No such file"]);
+    refused(&["sh", "data"], &["data", "Permission denied"]);
+    refused(&["sh", "a=b"], &["the first parameter must be script=/path/to/script"]);
+    refused(&["sh", "ok", "a=b"], &["this plugin does not need command line configuration"]);
+    refused(&["sh", "ok", "b"], &["expecting key=value on the command line but got: b"]);
+    refused(&["sh", "refuses", "key=b"], &["no such key key"]);
+    refused(&["sh", "model"], &["script exited with error, but did not print an error message on stderr"]);
+    refused(&["sh", "false"], &["load method returned unexpected code (3/false)"]);
+    refused(&["sh", "late"], &["too late"]);
+    refused(&["eval"], &["'get_size' method is required"]);
+    refused(
+        &["eval", "get_size=echo 1", "get_size=echo 2"],
+        &["method get_size defined more than once on the command line"],
+    );
+    refused(&["eval", "get_size=echo 1", "x=y"], &["'x' is unknown, and there is no 'config' callback to handle it"]);
+}
+
+#[test]
+fn the_script_tells_more_of_itself() {
+    let room = Room::new();
+    script(&room, "disk", DISK);
+    script(&room, "more", "case \"$1\" in dump_plugin) echo extra=stuff ;; *) exit 2 ;; esac\n");
+    let text = room.server(["sh", "disk", "--dump-plugin"]).run_to(0).text().to_owned();
+    assert!(text.contains("\nmax_thread_model=parallel\nthread_model=serialize_requests\n"), "{text}");
+    assert!(text.contains("\nmagic_config_key=script\n"), "{text}");
+    assert!(nbdkit_differs("1.34 is the first to print it") || text.contains("\nmax_known_status=8\n"), "{text}");
+    let text = room.server(["--dump-plugin", "sh", "more"]).run_to(0).text().to_owned();
+    assert!(text.contains("\nthread_model=serialize_all_requests\n") && text.ends_with("\nextra=stuff\n"), "{text}");
+    let text = room.server(["--dump-plugin", "eval", "dump_plugin=echo extra=stuff"]).run_to(0).text().to_owned();
+    assert!(text.ends_with("\nextra=stuff\n"), "{text}");
+    room.assert_nothing_left();
+}
+
+/// "If a magic config key is needed, this should echo it to stdout."
+#[test]
+fn a_bare_value_is_the_scripts_own() {
+    let magic = "case \"$1\" in magic_config_key) echo file ;; config) echo $2 $3 >> calls ;; get_size) echo 0 ;; *) exit 2 ;; esac\n";
+    let text = both(&["sh", "magic", "value", "other=1"], &["about"], |room| script(room, "magic", magic));
+    assert!(text.contains("size 0"), "{text}");
+}
+
+#[test]
+fn a_script_from_stdin() {
+    const TEXT: &str = "case \"$1\" in get_size) echo 3K ;; pread) printf '%*s' $3 x ;; *) exit 2 ;; esac\n";
+    let room = Room::new();
+    room.write("text", TEXT);
+    let stdin = || fs::File::open(room.path("text")).expect("it was just written");
+    let output = room.captive(["sh", "-"], "nbdinfo --size \"$uri\"; cat").stdin(stdin()).run_to(0);
+    assert_eq!(output.text(), "3072\n");
+    room.assert_nothing_left();
+    let output = room.captive(["sh", "script=-", "a=b"], "true").stdin(stdin()).run_to(1);
+    output.expect_error_line(&["does not need command line configuration"]);
+    if !nbdkit_differs("it wants to be told where to listen") {
+        room.server(["-s", "sh", "-"])
+            .stdin(stdin())
+            .run_to(1)
+            .expect_error_line(&["inline script is incompatible with -s"]);
+        // Nobody writes, and somebody has had enough.
+        let waiting = room.server(["-f", "-U", "-", "sh", "-"]).stdin(Stdio::piped()).start();
+        waiting.signal(Signal::SIGTERM);
+        waiting.finish().expect_signal(Signal::SIGTERM);
+        // In the background.
+        let (socket, pidfile) = (room.path("socket"), room.path("pid"));
+        let arguments =
+            ["-U".as_ref(), socket.as_os_str(), "-P".as_ref(), pidfile.as_os_str(), "sh".as_ref(), "-".as_ref()];
+        room.server(arguments).stdin(stdin()).run_to(0);
+        let size = room.tool("nbdinfo", ["--size", &format!("nbd+unix://?socket={}", socket.display())]).run_to(0);
+        assert_eq!(size.text(), "3072\n");
+        let pid =
+            fs::read_to_string(pidfile).expect("it is there when the server is").trim().parse().expect("a number");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGTERM).expect("the server is there");
+    }
+    room.wait_until_nothing_left();
+}
+
+/// nbdkit's tests/test-eval-disconnect.sh: statuses 4 to 8.
+#[test]
+fn a_script_may_end_server_and_client() {
+    if nbdkit_differs("1.34 is the first to know these statuses") {
+        return;
+    }
+    let serve = |room: &Room, status: &str| {
+        let status = format!("pwrite=cat > /dev/null; echo EPERM >&2; exit {status}");
+        room.serve(["eval", "get_size=echo 1024", "flush=exit 0", &status])
+    };
+    let after = |status: &str, first: u32, then: u32| {
+        let room = Room::new();
+        let server = serve(&room, status);
+        let mut client = server.simple();
+        assert_eq!(client.write(0, 0, b"x"), first, "{status}");
+        assert_eq!(client.ask(NBD_CMD_FLUSH, 0, 0, 0).error, then, "{status}");
+        // Others are not touched.
+        assert_eq!(server.simple().ask(NBD_CMD_FLUSH, 0, 0, 0).error, 0, "{status}");
+        // Where a flush was refused there is an acknowledged write that was never flushed.
+        let lost = status != "9";
+        server.terminate().expect(i32::from(lost));
+    };
+    after("7", 0, NBD_ESHUTDOWN);
+    after("8", NBD_EPERM, NBD_ESHUTDOWN);
+    after("9", NBD_EPERM, 0);
+    for status in ["4", "5"] {
+        let room = Room::new();
+        let server = serve(&room, status);
+        let mut client = server.simple();
+        client.request(NBD_CMD_WRITE, 0, 0, 1, b"x");
+        server.running.finish().expect(0);
+        room.assert_nothing_left();
+    }
+}
+
+/// What hangs, where `$tmpdir/hang` says so.
+const HANGING: [&str; 4] = [
+    "eval",
+    "get_size=echo 1M",
+    "thread_model=echo parallel",
+    "pread=trap '' TERM INT; echo hanging > hanging; (setsid -f true; sleep 1000; :)",
+];
+
+/// B19: the server's "own children die with it"
+#[test]
+fn a_script_does_not_outlive_a_server_that_is_killed() {
+    let room = Room::new();
+    let mut hanging = room.fifo("hanging");
+    let server = room.serve(HANGING);
+    let mut client = server.simple();
+    client.request(NBD_CMD_READ, 0, 0, 1, b"");
+    assert_eq!(hanging.hear(), "hanging");
+    if nbdkit_differs("it leaves the script and its directory") {
+        return;
+    }
+    server.running.signal(Signal::SIGKILL);
+    room.wait_until_nothing_left();
+    // Captive, where a guardian looks after the server.
+    let arguments = [&["--drain-timeout=0.1"], &HANGING[..]].concat();
+    let mut captive = room.captive(arguments, "echo $PPID > front; /usr/bin/python3 -c 'import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); h.pread(1, 0)' \"$uri\"");
+    let captive = captive.start();
+    assert_eq!(hanging.hear(), "hanging");
+    captive.signal(Signal::SIGKILL);
+    room.wait_until_nothing_left();
+}
+
+#[test]
+fn a_script_that_hangs_does_not_hold_up_the_end() {
+    if nbdkit_differs("it waits for the script") {
+        return;
+    }
+    let room = Room::new();
+    let mut hanging = room.fifo("hanging");
+    let mut arguments = vec!["--drain-timeout=0.1"];
+    arguments.extend(HANGING);
+    let server = room.serve(arguments);
+    let mut client = server.simple();
+    client.request(NBD_CMD_READ, 0, 0, 1, b"");
+    assert_eq!(hanging.hear(), "hanging");
+    // Others are served meanwhile.
+    assert_eq!(server.simple().ask(NBD_CMD_READ, 0, 1 << 20, 1).error, NBD_EINVAL);
+    server.terminate().expect(1);
+    room.assert_nothing_left();
+}
+
+/// B18: "clean at every instant of start"
+#[test]
+fn a_signal_ends_a_server_whose_script_hangs_at_the_start() {
+    if nbdkit_differs("it leaves the script and its directory") {
+        return;
+    }
+    for method in ["config", "config_complete", "get_ready", "after_fork"] {
+        let room = Room::new();
+        let mut hanging = room.fifo("hanging");
+        let script = format!("{method}=exec >&- 2>&-; echo hanging > hanging; sleep 1000; :");
+        let arguments = ["eval", "get_size=echo 1M", &script, "key=value"];
+        let words = |mode: &[&'static str]| [mode, &arguments[..]].concat();
+        let arguments =
+            if method == "config" { words(&["-f", "-U", "-"]) } else { words(&["-f", "-U", "-"])[..6].to_vec() };
+        let server = room.server(arguments.iter().map(|word| word.to_string())).start();
+        assert_eq!(hanging.hear(), "hanging");
+        server.signal(Signal::SIGTERM);
+        server.finish().expect_signal(Signal::SIGTERM);
+        room.wait_until_nothing_left();
+    }
+}
+
+#[test]
+fn scripts_hold_no_descriptor_of_clients() {
+    let room = Room::new();
+    let server = room.serve(["eval", "get_size=echo 1M", "pread=ls -l /proc/self/fd > open; head -c $3 /dev/zero"]);
+    let mut clients: Vec<_> = (0..5).map(|_| server.simple()).collect();
+    clients.iter_mut().for_each(|client| drop(client.read(0, 512)));
+    // What the caller of this test had open is there, but nothing of the server's.
+    let open = fs::read_to_string(room.path("open")).expect("the script has written it");
+    assert!(!open.contains("socket:") && !open.contains("anon_inode:") && !open.contains("memfd:"), "{open}");
+    assert!(open.contains("pipe:"), "{open}");
+    server.terminate().expect(0);
+    room.wait_until_nothing_left();
+}
+
+#[test]
+fn the_last_method_is_unload() {
+    let room = Room::new();
+    let log = |method: &str| format!("{method}=echo {method} >> log; test {method} != get_size || echo 1M");
+    let methods =
+        ["get_ready", "after_fork", "preconnect", "open", "close", "get_size", "config_complete", "unload"].map(log);
+    let mut arguments = vec!["eval".to_owned()];
+    arguments.extend(methods);
+    room.captive(&arguments, "nbdinfo --size \"$uri\"").run_to(0);
+    let text = fs::read_to_string(room.path("log")).expect("the scripts have written it");
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines[..5], ["config_complete", "get_ready", "after_fork", "preconnect", "open"], "{text}");
+    assert_eq!(lines[lines.len() - 2..], ["close", "unload"], "{text}");
+    room.assert_nothing_left();
+}
