@@ -7,7 +7,7 @@
 //! ```
 //!
 //! At an orderly end [`end`] kills the group and has the keeper remove the directory. Should the server be killed, the keeper
-//! sees the pipe close and does both. The keeper is not in the group, so that it can outlive it; nor in our session, whose
+//! sees the pipe close and does both, with half a second between SIGTERM and SIGKILL for who has something to write. The keeper is not in the group, so that it can outlive it; nor in our session, whose
 //! processes a guardian kills when we are gone. The group's leader does nothing: as long as it was not waited for, the
 //! group's number is nobody else's. Both are started with the first process that is to be kept.
 //!
@@ -48,6 +48,8 @@ const GROUP: &CStr = c"read x; sleep 10";
 
 /// `$1` is the group, `$2` the directory. A line says that the group is dead; no line, that we are.
 const KEEPER: &CStr = c"read x || {
+    kill -s TERM -- \"-$1\"
+    sleep 0.5
     kill -s KILL -- \"-$1\"
     n=0
     while kill -s 0 -- \"-$1\" && test $n -lt 100; do n=$((n+1)); sleep 0.01; done
@@ -175,7 +177,9 @@ fn choose_directory() -> io::Result<PathBuf> {
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let name: String =
         random.iter().map(|byte| char::from(b"abcdefghijklmnopqrstuvwxyz234567"[*byte as usize % 32])).collect();
-    let parent = std::env::var_os("TMPDIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    // There may be a socket in it, whose path must be short.
+    let fits = |path: &PathBuf| path.is_absolute() && path.as_os_str().len() <= LONGEST_PARENT;
+    let parent = std::env::var_os("TMPDIR").map(PathBuf::from).filter(fits);
     Ok(parent.unwrap_or_else(|| PathBuf::from("/tmp")).join(format!("nbdcaptive-scripts-{name}")))
 }
 
@@ -273,6 +277,8 @@ pub struct Ran {
 
 /// The most of stderr that is kept, in bytes.
 const ERRORS: usize = 64 * 1024;
+/// The longest name of a directory that ours is made in, in bytes.
+const LONGEST_PARENT: usize = 60;
 /// How much is read or written at once, in bytes: what a pipe holds.
 const PIECE: usize = 64 * 1024;
 
@@ -384,6 +390,12 @@ impl Ready {
 /// Signals that ask for the end, where nobody else hears them.
 struct Signals(SignalFd);
 
+impl AsFd for Signals {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Signals {
     fn of(phase: Phase) -> io::Result<Option<Signals>> {
         if phase == Phase::Serving {
@@ -404,6 +416,19 @@ impl Signals {
         let _ = nix::sys::signal::kill(Pid::this(), signal);
         let _ = sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&SigSet::from_iter([signal])), None);
     }
+}
+
+/// Waits for something while the server starts. A signal that asks for the end ends this process.
+pub fn starting<T>(something: impl Future<Output = T>) -> io::Result<T> {
+    let Some(signals) = Signals::of(Phase::Starting)? else { return Ok(async_io::block_on(something)) };
+    let signals = async_io::Async::new_nonblocking(signals)?;
+    let obeyed = async {
+        loop {
+            let _ = signals.readable().await;
+            signals.get_ref().obey();
+        }
+    };
+    Ok(async_io::block_on(smol::future::or(something, obeyed)))
 }
 
 /// As nohup(1) has it.

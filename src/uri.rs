@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixStream};
@@ -193,6 +193,11 @@ impl Uri {
 
 async fn tcp(host: String, port: u16) -> io::Result<OwnedFd> {
     let addresses = smol::unblock(move || (host, port).to_socket_addrs().map(Vec::from_iter)).await?;
+    connect_to_any(addresses).await
+}
+
+/// Connects to the first of these where somebody answers. Dropped, nothing remains.
+pub(crate) async fn connect_to_any(addresses: Vec<SocketAddr>) -> io::Result<OwnedFd> {
     let mut failure = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     for address in addresses {
         match Async::<TcpStream>::connect(address).await {
@@ -207,7 +212,8 @@ async fn tcp(host: String, port: u16) -> io::Result<OwnedFd> {
     Err(failure)
 }
 
-fn unix(path: &std::path::Path) -> io::Result<UnixStream> {
+/// Connects, and waits where the server's queue is full.
+pub(crate) fn unix(path: &std::path::Path) -> io::Result<UnixStream> {
     #[cfg(target_os = "linux")]
     if let [0, name @ ..] = path.as_os_str().as_bytes() {
         use std::os::linux::net::SocketAddrExt;

@@ -41,6 +41,8 @@ mod pressure;
 mod probe;
 #[path = "black_box/protocol.rs"]
 mod protocol;
+#[path = "black_box/proxy.rs"]
+mod proxy;
 #[path = "black_box/raw_client.rs"]
 mod raw_client;
 #[path = "black_box/real_data.rs"]

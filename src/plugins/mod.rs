@@ -8,6 +8,7 @@ pub mod file;
 pub mod full;
 pub mod info;
 pub mod memory;
+pub mod nbd;
 pub mod null;
 pub mod ones;
 pub mod partitioning;
@@ -36,6 +37,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &full::ABOUT, new: || Box::<full::Full>::default() },
     Entry { about: &info::ABOUT, new: || Box::<info::Info>::default() },
     Entry { about: &memory::ABOUT, new: || Box::<memory::Memory>::default() },
+    Entry { about: &nbd::ABOUT, new: || Box::<nbd::Nbd>::default() },
     Entry { about: &null::ABOUT, new: || Box::<null::Null>::default() },
     Entry { about: &ones::ABOUT, new: || Box::<ones::Ones>::default() },
     Entry { about: &partitioning::ABOUT, new: || Box::<partitioning::Partitioning>::default() },

@@ -1,0 +1,307 @@
+//! `nbd`: another server's disk, by every way to it. Source: nbdkit-nbd-plugin(1); nbdkit's tests/test-nbd-*.sh.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use nix::sys::signal::Signal;
+
+use super::both::{both, ours};
+use super::harness::{Room, free_port, nbdkit, nbdkit_differs, server_path, tool};
+use super::raw_client::*;
+
+/// `NBD_EIO`
+const EIO: u32 = 5;
+
+const OPERATIONS: [&str; 19] = [
+    "about",
+    "list",
+    "write 10 100000 7",
+    "write 5 1 9 fua",
+    "read 0 16",
+    "read 0 200000",
+    "read 0 1048576",
+    "zero 20 1000",
+    "zero 30 10 no_hole",
+    "zero 30 10 fast",
+    "zero 30 10 fua",
+    "trim 4096 4096",
+    "trim 131072 65536 fua",
+    "cache 0 65536",
+    "flush",
+    "map 0 1048576",
+    "map 0 131072 one",
+    "read 1048575 2",
+    "write 1048575 2 1",
+];
+
+/// A server that is started sees the socket as systemd gives it.
+#[test]
+fn a_command_is_the_server() {
+    let nbdkit = nbdkit().to_str().expect("/usr is ASCII").to_owned();
+    let command = format!("command={nbdkit}");
+    let text = both(&["nbd", &command, "arg=memory", "arg=1M"], &OPERATIONS, |_| ());
+    assert!(text.contains("size 1048576") && text.contains("can_fast_zero"), "{text}");
+    both(&["nbd", &command, "arg=-r", "arg=memory", "arg=1M"], &OPERATIONS[..6], |_| ());
+    // A server with little to offer, and none of structured replies.
+    let arguments = ["nbd", &command, "arg=--no-sr", "arg=eval", "arg=get_size=echo 1M", "arg=pwrite=cat > /dev/null"];
+    both(&arguments, &["about", "map 0 65536", "trim 0 512", "zero 0 512", "write 0 512 1 fua", "read 0 1"], |_| ());
+    // Ours behind ours, with extended headers between them.
+    let room = Room::new();
+    let own = format!("command={}", server_path().display());
+    let text = ours(&room, &["nbd", &own, "arg=memory", "arg=1M"], &OPERATIONS);
+    assert!(text.contains("read 0 16: 00*5 09*1 00*4 07*6"), "{text}");
+}
+
+/// "With qemu-nbd(8), read and write qcow2 files": what was written is in the file when the server has ended.
+#[test]
+fn qemu_nbd_is_cleaned_up_and_its_image_is_whole() {
+    let room = Room::new();
+    let image = room.path("disk.qcow2");
+    let path = image.to_str().expect("rooms are ASCII");
+    room.tool("qemu-img", ["create", "-q", "-f", "qcow2", path, "16M"]).run_to(0);
+    let (command, argument) = (format!("command={}", tool("qemu-nbd").display()), format!("arg={path}"));
+    let arguments = ["nbd", &command, "arg=-f", "arg=qcow2", &argument];
+    let text =
+        ours(&room, &arguments, &["about", "write 100 100000 7", "zero 65536 512", "map 0 1048576", "read 65530 12"]);
+    assert!(text.contains("read 65530 12: 07*6 00*6"), "{text}");
+    room.tool("qemu-img", ["check", "-q", path]).run_to(0);
+    let text = room.tool("qemu-io", ["-r", "-c", "read -P 7 100 65436", path]).run_to(0).text().to_owned();
+    assert!(!text.contains("verification failed"), "{text}");
+}
+
+#[test]
+fn every_way_to_a_server() {
+    let room = Room::new();
+    let behind = room.serve(["memory", "1M"]);
+    let socket = behind.socket.display();
+    let operations = ["about", "write 3 4 5", "read 0 10"];
+    let size =
+        |text: String| assert!(text.contains("size 1048576") && text.contains("read 0 10: 00*3 05*4 00*3"), "{text}");
+    let proxy = Room::new();
+    size(ours(&proxy, &["nbd", &format!("nbd+unix:///?socket={socket}")], &operations));
+    size(ours(&proxy, &["nbd", &format!("socket={socket}"), "shared=true", "export=x"], &operations));
+    // A descriptor that the caller has connected.
+    proxy.write("operate.py", super::both::OPERATE);
+    let connected = UnixStream::connect(&behind.socket).expect("the server listens");
+    let number = std::os::fd::AsRawFd::as_raw_fd(&connected);
+    let mut launch = proxy.captive(["nbd", &format!("socket-fd={number}")], super::both::command(&operations));
+    size(launch.inherit(OwnedFd::from(connected)).run_to(0).text().to_owned());
+    proxy.assert_nothing_left();
+    behind.terminate().expect(0);
+
+    let (room, port) = (Room::new(), free_port());
+    let mut behind = room.server(["-f", "-i", "127.0.0.1", "-p", &port, "memory", "1M"]).start();
+    super::harness::wait_for("the port", || std::net::TcpStream::connect(("127.0.0.1", port.parse().ok()?)).ok());
+    size(ours(&proxy, &["nbd", "hostname=localhost", &format!("port={port}")], &operations));
+    size(ours(&proxy, &["nbd", &format!("uri=nbd://127.0.0.1:{port}/x")], &operations));
+    assert!(!behind.has_ended());
+    behind.signal(Signal::SIGTERM);
+    behind.finish().expect(0);
+}
+
+/// nbdkit's tests/test-nbd-dynamic-*.sh.
+#[test]
+fn the_export_is_the_clients_with_dynamic_export() {
+    let arguments = |room: &Room| {
+        // A server whose exports differ by name.
+        room.write("exports", "INTERLEAVED\nfirst\nthe first\nsecond one\n\n");
+    };
+    let nbdkit = nbdkit().display().to_string();
+    let (room, other) = (Room::new(), Room::new());
+    arguments(&room);
+    let exports = room.path("exports").display().to_string();
+    let socket = room.path("behind");
+    let behind = [
+        "-f".to_owned(),
+        "-U".to_owned(),
+        socket.display().to_string(),
+        "eval".to_owned(),
+        format!("list_exports=cat {exports}"),
+        "default_export=echo first".to_owned(),
+        "open=echo \"$3\"".to_owned(),
+        "get_size=printf %s \"$2\" | wc -c".to_owned(),
+        "export_description=echo \"of $2\"".to_owned(),
+        "pread=printf %s \"$2\" | tail -c +$(($4 + 1)) | head -c $3".to_owned(),
+    ];
+    let mut behind = room.launch(std::path::Path::new(&nbdkit)).args(behind).start();
+    behind.wait_until_listening(&socket);
+    let way = format!("socket={}", socket.display());
+    let uri = format!("nbd+unix:///ignored?socket={}", socket.display());
+    let operations = [
+        "list",
+        "about",
+        "as first",
+        "about",
+        "as second one",
+        "about",
+        "read 0 10",
+        "as /",
+        "about",
+        "as テスト",
+        "about",
+        "read 0 9",
+    ];
+    other.write("operate.py", super::both::OPERATE);
+    for arguments in [
+        vec!["nbd", &way, "dynamic-export=true"],
+        vec!["nbd", &uri, "dynamic-export=on"],
+        vec!["nbd", &way, "export=first"],
+        vec!["nbd", &uri],
+    ] {
+        let theirs = other.nbdkit_captive(&arguments, super::both::command(&operations)).run_to(0);
+        let text = ours(&other, &arguments, &operations);
+        assert_eq!(text, theirs.text(), "{arguments:?}: ours is first");
+        assert!(text.contains("description 'of "), "{text}");
+    }
+    behind.signal(Signal::SIGTERM);
+    behind.finish();
+}
+
+#[test]
+fn bad_configurations_are_one_line_and_status_1() {
+    let room = Room::new();
+    let refused = |arguments: &[&str], words: &[&str]| {
+        room.captive([&["nbd"], arguments].concat(), "touch started").run_to(1).expect_error_line(words);
+        room.assert_nothing_left();
+        assert!(!room.path("started").exists());
+    };
+    refused(
+        &[],
+        &[
+            "exactly one of ‘socket’, ‘hostname’, ‘vsock’, ‘command’, ‘socket-fd’ and ‘uri’ parameters must be specified",
+        ],
+    );
+    refused(&["socket=a", "hostname=b"], &["cannot mix Unix ‘socket’, TCP ‘hostname’/‘port’"]);
+    refused(&["socket=a", "port=1"], &["‘port’ parameter should only be used with ‘hostname’ or ‘vsock’"]);
+    refused(
+        &["socket=a", "export=b", "dynamic-export=true"],
+        &["cannot mix 'dynamic-export' with explicit export name"],
+    );
+    refused(
+        &["socket=a", "shared=true", "dynamic-export=true"],
+        &["cannot use 'dynamic-export' with shared connection"],
+    );
+    refused(&["command=true", "dynamic-export=true"], &["cannot use 'dynamic-export' with shared connection"]);
+    refused(&["socket-fd=-1"], &["socket-fd must be >= 0"]);
+    refused(&["retry=x", "socket=a"], &["retry"]);
+    refused(&["shared=x", "socket=a"], &["could not decipher boolean (x)"]);
+    refused(&[&format!("socket={}", "x".repeat(200))], &["socket file name too large"]);
+    if nbdkit_differs("it has libnbd's sentences") {
+        return;
+    }
+    refused(&["http://x"], &["uri: http://x: an NBD URI starts with"]);
+    refused(&["socket-fd=987"], &["socket-fd=987", "Bad file descriptor"]);
+    refused(&["socket=nowhere", "shared=true"], &["nowhere", "No such file"]);
+    refused(&["command=false"], &["nbd: the server closed the connection"]);
+    // The shell that was to become it says what is wrong with it.
+    let output = room.captive(["nbd", "command=/nowhere"], "touch started").run_to(1);
+    assert!(output.stderr.contains("/nowhere: not found"), "{output:#?}");
+    room.assert_nothing_left();
+}
+
+#[test]
+fn a_server_that_is_not_there_yet_is_waited_for() {
+    let room = Room::new();
+    let socket = room.path("behind");
+    let way = format!("socket={}", socket.display());
+    // The second attempt comes a second later.
+    let mut proxy = room.captive(["nbd", &way, "shared=true", "retry=30"], "nbdinfo --size \"$uri\"");
+    let proxy = proxy.start();
+    let behind = Room::new();
+    let mut server = behind.server(["-f", "-U", socket.to_str().expect("rooms are ASCII"), "memory", "3K"]).start();
+    server.wait_until_listening(&socket);
+    assert_eq!(proxy.finish().expect(0).text(), "3072\n");
+    server.signal(Signal::SIGTERM);
+    server.finish().expect(0);
+}
+
+#[test]
+fn when_the_other_server_goes_requests_fail_and_new_clients_get_a_new_connection() {
+    let room = Room::new();
+    let behind = Room::new();
+    let server = behind.serve(["memory", "1M"]);
+    let socket = server.socket.clone();
+    let proxy = room.serve(["nbd", &format!("socket={}", socket.display())]);
+    let mut client = proxy.simple();
+    assert_eq!(client.write(0, 0, &[7; 512]), 0);
+    server.terminate();
+    assert_eq!(client.ask(NBD_CMD_READ, 0, 0, 1).error, EIO);
+    // The client is no worse than that.
+    assert_eq!(client.ask(NBD_CMD_READ, 0, 1 << 20, 1).error, NBD_EINVAL);
+    let server = behind.serve(["memory", "1M"]);
+    assert_eq!(proxy.simple().read(0, 1), [0]);
+    server.terminate().expect(0);
+    // What was written was not flushed, and is lost.
+    proxy.terminate().expect(1);
+}
+
+#[test]
+fn what_was_started_does_not_outlive_the_server() {
+    if nbdkit_differs("it leaves its directory") {
+        return;
+    }
+    let own = format!("command={}", server_path().display());
+    let arguments = ["nbd", &own, "arg=memory", "arg=1M"];
+    let room = Room::new();
+    let server = room.serve(arguments);
+    assert_eq!(server.simple().read(0, 1), [0]);
+    server.running.signal(Signal::SIGKILL);
+    room.wait_until_nothing_left();
+
+    // One that neither listens nor ends.
+    let mut here = room.fifo("here");
+    let arguments =
+        ["-f", "-U", "-", "nbd", "command=/bin/sh", "arg=-c", "arg=trap '' TERM; echo here > here; sleep 1000; :"];
+    let server = room.server(arguments).start();
+    assert_eq!(here.hear(), "here");
+    server.signal(Signal::SIGTERM);
+    server.finish().expect_signal(Signal::SIGTERM);
+    room.wait_until_nothing_left();
+}
+
+/// Requests of one client are under way together: one that is not answered holds up no other.
+#[test]
+fn many_requests_share_a_connection() {
+    let room = Room::new();
+    let mut hanging = room.fifo("hanging");
+    let mut go = room.fifo("go");
+    let behind = Room::new();
+    let (told, heard) = (room.path("hanging"), room.path("go"));
+    let pread = format!(
+        "pread=if test $4 = 0; then echo hanging > {}; read x < {}; fi; head -c $3 /dev/zero",
+        told.display(),
+        heard.display()
+    );
+    let server = behind.serve(["eval", "get_size=echo 1M", "thread_model=echo parallel", &pread]);
+    for shared in ["shared=true", "shared=false"] {
+        let proxy = room.serve(["nbd", &format!("socket={}", server.socket.display()), shared]);
+        let mut client = proxy.simple();
+        client.request(NBD_CMD_READ, 0, 0, 512, b"");
+        assert_eq!(hanging.hear(), "hanging");
+        let second = client.request(NBD_CMD_READ, 0, 512, 512, b"");
+        assert_eq!(client.next_reply().expect("a reply").cookie, second);
+        assert_eq!(proxy.simple().read(512, 1), [0]);
+        go.tell();
+        assert!(client.next_reply().is_some());
+        proxy.terminate().expect(0);
+        fs::remove_file(room.path("socket")).ok();
+    }
+    server.terminate().expect(0);
+}
+
+/// A server that greets and says nothing more.
+#[test]
+fn a_server_that_does_not_answer_is_no_reason_to_stay() {
+    if nbdkit_differs("it waits for the server") {
+        return;
+    }
+    let room = Room::new();
+    let socket = room.path("behind");
+    let listener = UnixListener::bind(&socket).expect("the room is ours");
+    let server = room.server(["-f", "-U", "-", "nbd", &format!("socket={}", socket.display()), "shared=1"]).start();
+    let (_silent, _) = listener.accept().expect("the proxy connects");
+    server.signal(Signal::SIGTERM);
+    server.finish().expect_signal(Signal::SIGTERM);
+    room.wait_until_nothing_left();
+}
