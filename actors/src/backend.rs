@@ -175,6 +175,8 @@ pub(crate) struct Opened {
     coordinator: coordinator::Handle,
     pub size: u64,
     pub offered: Capabilities,
+    /// The block sizes in it are advice.
+    pub takes_any_size: bool,
 }
 
 /// Opens the export that `client` asks for. May take as long as the device takes; dropping the future leaves the open to
@@ -195,10 +197,12 @@ pub(crate) async fn open(
             }
             let mut offered = device.capabilities()?;
             offered.write &= !client.read_only;
-            Ok((size, settle(offered)))
+            Ok((size, settle(offered), device.takes_any_size()))
         });
         match asked {
-            Ok((size, offered)) => Ok(Opened { device, gates, coordinator, size, offered }),
+            Ok((size, offered, takes_any_size)) => {
+                Ok(Opened { device, gates, coordinator, size, offered, takes_any_size })
+            }
             Err(error) => {
                 // It was opened, so it is closed; what was wrong with it first is what counts.
                 let _ = calmly(&coordinator, || device.close());
@@ -210,7 +214,7 @@ pub(crate) async fn open(
 }
 
 /// Makes capabilities agree with each other. Source: nbdkit server/backend.c.
-fn settle(mut offered: Capabilities) -> Capabilities {
+pub(crate) fn settle(mut offered: Capabilities) -> Capabilities {
     if !offered.write {
         offered.trim = false;
         offered.zero = Support::None;
@@ -686,7 +690,7 @@ fn carry_out(
 }
 
 /// Zeroes by the device, or by writing them.
-fn zero(
+pub(crate) fn zero(
     device: &dyn Device,
     offered: &Capabilities,
     length: u64,
@@ -711,7 +715,7 @@ fn zero(
 }
 
 /// Brings data near by reading it.
-fn read_through(device: &dyn Device, length: u64, offset: u64, call: &Call) -> Result<()> {
+pub(crate) fn read_through(device: &dyn Device, length: u64, offset: u64, call: &Call) -> Result<()> {
     bounded(length)?;
     if !call.may_block() {
         return Err(Error::WouldBlock);

@@ -27,6 +27,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 pub use crate::blocks::{BLOCK, Block, Blocks};
+pub use crate::connection::Connection;
 pub use crate::extents::{Extents, HOLE, ZERO};
 pub use crate::protocol::ErrorCode;
 pub use crate::segments::{Segments, Shared};
@@ -193,6 +194,12 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// Whether requests come that are not aligned to [`Capabilities::block_size`], or are larger. With `false`, the default, the
+    /// server refuses them; a device that says `true` tells clients what would be best and takes what it gets.
+    fn takes_any_size(&self) -> bool {
+        false
+    }
+
     /// Fills `buffer` with the data at `offset` bytes from the start.
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()>;
 
@@ -272,6 +279,8 @@ pub struct Client {
     pub is_tls: bool,
     /// Who is at the other end, where that is known.
     pub peer: Option<Peer>,
+    /// The connection itself: to wait in, to end, to speak of. That of a client that only looks is over before long.
+    pub connection: Connection,
 }
 
 /// The other end of a connection.
@@ -412,6 +421,9 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn answers_at_once(&self) -> bool {
         (**self).answers_at_once()
+    }
+    fn takes_any_size(&self) -> bool {
+        (**self).takes_any_size()
     }
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
         (**self).read(buffer, offset, call)

@@ -36,9 +36,13 @@
 //!
 //! Source: nbdkit docs/nbdkit-filter.pod.
 
+use std::fmt;
+
+use crate::backend;
 use crate::blocks::Blocks;
 use crate::device::{
-    Call, Capabilities, Client, Device, Export, Exports, Extents, Flags, MetaContext, Result, Segments, ThreadModel,
+    Call, Capabilities, Client, Device, Export, Exports, Extents, Flags, MetaContext, Result, Segments, Support,
+    ThreadModel,
 };
 
 /// A device in front of another. Every method is that of [`Device`] of the same name, and passes the call on by default.
@@ -51,8 +55,9 @@ pub trait Filter: Send + Sync {
     /// reads and writes of all kinds. Otherwise a filter that has its own `read` needs its own `read_segments`, and one with a
     /// `write` a `write_blocks`.
     const CHANGES_DATA: bool = false;
-    /// The next device is others' too, and somebody else closes it.
-    const LEAVES_OPEN: bool = false;
+
+    /// The next device is this one's own, to be closed after it. Otherwise others have it too.
+    const OWNS_NEXT: bool = true;
 
     /// The device behind this one.
     fn next(&self) -> &dyn Device;
@@ -68,6 +73,10 @@ pub trait Filter: Send + Sync {
     #[allow(missing_docs, reason = "see Device")]
     fn answers_at_once(&self) -> bool {
         self.next().answers_at_once()
+    }
+    #[allow(missing_docs, reason = "see Device")]
+    fn takes_any_size(&self) -> bool {
+        self.next().takes_any_size()
     }
     #[allow(missing_docs, reason = "see Device")]
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
@@ -131,6 +140,9 @@ impl<F: Filter> Device for Filtered<F> {
     fn answers_at_once(&self) -> bool {
         self.0.answers_at_once()
     }
+    fn takes_any_size(&self) -> bool {
+        self.0.takes_any_size()
+    }
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
         self.0.read(buffer, offset, call)
     }
@@ -169,7 +181,122 @@ impl<F: Filter> Device for Filtered<F> {
     }
     fn close(&self) -> Result<()> {
         let closed = self.0.close();
-        if F::LEAVES_OPEN { closed } else { self.0.next().close().and(closed) }
+        if F::OWNS_NEXT { self.0.next().close().and(closed) } else { closed }
+    }
+}
+
+/// A device of which the Backend has nothing to emulate: what the next device has done for it in terms of other calls, this
+/// one does. A filter in front of it sees each request as the client made it, and not what the Backend would make of it.
+///
+/// It also knows the size and the capabilities, which a device is asked for once.
+pub struct Whole {
+    next: Box<dyn Device>,
+    size: u64,
+    offered: Capabilities,
+}
+
+/// A [`Whole`] as a device.
+pub type Next = Filtered<Whole>;
+
+impl Next {
+    /// Opens a device for a client, and asks it. What was opened is closed if it does not answer.
+    pub fn open(exports: &dyn Exports, client: &Client) -> Result<Next> {
+        let next = exports.open(client)?;
+        let asked = next.size().and_then(|size| Ok((size, next.capabilities()?)));
+        match asked {
+            Ok((size, mut offered)) => {
+                offered.write &= !client.read_only;
+                Ok(Filtered(Whole { next, size, offered: backend::settle(offered) }))
+            }
+            Err(error) => {
+                // What was wrong with it first is what counts.
+                let _ = next.close();
+                Err(error)
+            }
+        }
+    }
+
+    /// Looks at it before it is put behind a filter. An error refuses it, and it is closed.
+    pub fn look<T>(self, look: impl FnOnce(&Next) -> Result<T>) -> Result<(Next, T)> {
+        match look(&self) {
+            Ok(seen) => Ok((self, seen)),
+            Err(error) => {
+                // As above.
+                let _ = self.close();
+                Err(error)
+            }
+        }
+    }
+
+    /// The next device's size.
+    pub fn bytes(&self) -> u64 {
+        self.0.size
+    }
+
+    /// What the next device offers this client, by itself or emulated.
+    pub fn offered(&self) -> &Capabilities {
+        &self.0.offered
+    }
+}
+
+impl Whole {
+    /// Does what is to be durable when it returns.
+    fn durably(&self, flags: Flags, call: &Call, change: impl FnOnce(Flags) -> Result<()>) -> Result<()> {
+        change(Flags { fua: flags.fua && self.offered.fua == Support::Native, ..flags })?;
+        if flags.fua && self.offered.fua == Support::Emulate {
+            return self.next.flush(call);
+        }
+        Ok(())
+    }
+}
+
+impl Filter for Whole {
+    fn next(&self) -> &dyn Device {
+        &*self.next
+    }
+
+    fn size(&self) -> Result<u64> {
+        Ok(self.size)
+    }
+
+    fn capabilities(&self) -> Result<Capabilities> {
+        let whole = |support| if support == Support::Emulate { Support::Native } else { support };
+        let Capabilities { zero, fua, cache, .. } = self.offered;
+        Ok(Capabilities { zero: whole(zero), fua: whole(fua), cache: whole(cache), ..self.offered })
+    }
+
+    fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.durably(flags, call, |flags| self.next.write(data, offset, flags, call))
+    }
+
+    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        if flags.fua && self.offered.fua == Support::Emulate && !call.may_block() {
+            // The flush might have to wait, and by then the device has taken the blocks.
+            return Err(crate::device::Error::WouldBlock);
+        }
+        self.durably(flags, call, |flags| self.next.write_blocks(data, offset, flags, call))
+    }
+
+    fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.durably(flags, call, |flags| self.next.trim(length, offset, flags, call))
+    }
+
+    fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        let zero = |flags| backend::zero(&*self.next, &self.offered, length, offset, flags, call);
+        self.durably(flags, call, zero)
+    }
+
+    fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
+        match self.offered.cache {
+            Support::Native => self.next.cache(length, offset, call),
+            _ => backend::read_through(&*self.next, length, offset, call),
+        }
+    }
+}
+
+impl fmt::Debug for Whole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Whole").field("size", &self.size).field("offered", &self.offered).finish_non_exhaustive()
     }
 }
 
@@ -180,6 +307,11 @@ pub trait FilterExports: Send + Sync + 'static {
 
     /// How many requests this filter takes at a time; the next one's is regarded as well.
     const THREAD_MODEL: ThreadModel = ThreadModel::Parallel;
+
+    /// How many requests both together take at a time. The default is what the stricter of the two takes.
+    fn thread_model(&self) -> ThreadModel {
+        Self::THREAD_MODEL.min(self.next().thread_model())
+    }
 
     #[allow(missing_docs, reason = "see Exports")]
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {

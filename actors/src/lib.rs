@@ -25,6 +25,7 @@
 //! | `low_water.rs` | the one socket option that no library sets |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
+//! | `connection.rs` | what a device may know of the connection it serves, and wait for |
 //! | `blocks.rs` | memory that a large write is received into and that a device may keep |
 //! | `world.rs` | time and threads: the system's, or a simulation's |
 //! | `simulation.rs` | time that stands still, for tests (feature `simulation`) |
@@ -49,6 +50,7 @@
 pub mod blocks;
 pub mod child_supervisor;
 pub mod client;
+pub mod connection;
 pub mod coordinator;
 pub mod device;
 pub mod extents;

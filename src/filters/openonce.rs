@@ -93,7 +93,7 @@ impl FilterExports for Once {
 struct Shared(Arc<dyn Device>);
 
 impl filter::Filter for Shared {
-    const LEAVES_OPEN: bool = true;
+    const OWNS_NEXT: bool = false;
 
     fn next(&self) -> &dyn Device {
         &*self.0

@@ -13,7 +13,7 @@ use smol::lock::MutexGuardArc;
 use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{calmly, open};
 use crate::coordinator::Message;
-use crate::device::{Client, Exports, MetaContext, Result as DeviceResult};
+use crate::device::{Capabilities, Client, Connection, Exports, MetaContext, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
@@ -44,6 +44,7 @@ pub(super) struct Agreed {
 struct Handshake<'a> {
     transport: &'a mut dyn Transport,
     surroundings: &'a Surroundings,
+    connection: &'a Connection,
     speaker: &'a Speaker,
     input: Input,
     output: Vec<u8>,
@@ -71,6 +72,7 @@ enum Next {
 pub(super) async fn run(
     transport: &mut dyn Transport,
     surroundings: &Surroundings,
+    connection: &Connection,
     speaker: &Speaker,
     id: SessionId,
     failure: &mut Option<String>,
@@ -78,6 +80,7 @@ pub(super) async fn run(
     let handshake = Handshake {
         transport,
         surroundings,
+        connection,
         speaker,
         input: Input::default(),
         output: Vec::new(),
@@ -284,7 +287,13 @@ impl Handshake<'_> {
     }
 
     fn client(&self, export_name: Vec<u8>) -> Client {
-        Client { export_name, read_only: self.surroundings.rules.read_only, is_tls: false, peer: self.transport.peer() }
+        Client {
+            export_name,
+            read_only: self.surroundings.rules.read_only,
+            is_tls: false,
+            peer: self.transport.peer(),
+            connection: self.connection.clone(),
+        }
     }
 
     /// Opens the export `name` and says what was agreed about it; or why it is not to be had. An open that has begun is
@@ -306,7 +315,11 @@ impl Handshake<'_> {
         };
         let agreement = Agreement {
             size: opened.size,
-            offered: opened.offered,
+            offered: if opened.takes_any_size {
+                Capabilities { block_size: None, ..opened.offered }
+            } else {
+                opened.offered
+            },
             headers: self.headers,
             contexts: contexts.unwrap_or_default(),
         };

@@ -23,6 +23,7 @@ use self::handshake::Agreed;
 use self::transmission::{Spell, Transmission};
 use crate::backend::{self, Backend, Gates, Replies};
 use crate::buffers::Buffers;
+use crate::connection::{Connection, Ends};
 use crate::coordinator::{self, Cause, Message, Orders};
 use crate::device::Exports;
 use crate::log::Speaker;
@@ -87,6 +88,8 @@ pub(crate) enum End {
     TooSlow,
     /// The server is ending, and the client did not take its replies.
     Stalled,
+    /// The device wants no more of the client.
+    Cut,
 }
 
 impl fmt::Display for End {
@@ -97,6 +100,7 @@ impl fmt::Display for End {
             End::Broken(why) => write!(f, "connection closed: {why}"),
             End::Drained => f.write_str("connection closed: the server is ending"),
             End::TooSlow => f.write_str("connection closed: the handshake took longer than --timeout allows"),
+            End::Cut => f.write_str("connection closed: the device ended it"),
             End::Stalled => f.write_str("connection closed: the server is ending and the client took no replies"),
         }
     }
@@ -165,7 +169,7 @@ pub(crate) fn run(
             // A probe: somebody looked whether there is a server, and left.
             End::Lost(error) if !visit.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
             End::Lost(_) | End::Broken(_) | End::TooSlow | End::Stalled => speaker.error(format_args!("{end}")),
-            End::Disconnected | End::Drained => speaker.debug(format_args!("{end}")),
+            End::Disconnected | End::Drained | End::Cut => speaker.debug(format_args!("{end}")),
         }
         // Before the Coordinator hears of it: whoever sees the server gone sees the connection closed.
         drop(transport);
@@ -173,7 +177,7 @@ pub(crate) fn run(
             End::Disconnected | End::Drained => true,
             // A client that went, however it did, is no fault; one that is there and takes no replies is.
             End::Lost(error) => error.kind() != std::io::ErrorKind::BrokenPipe && is_departure(error),
-            End::Broken(_) | End::TooSlow | End::Stalled => false,
+            End::Broken(_) | End::TooSlow | End::Stalled | End::Cut => false,
         };
         visit.served = visit.negotiated && is_no_fault;
         drop(visit);
@@ -208,7 +212,9 @@ async fn serve(
         orders.closing().await;
         Err(End::Drained)
     };
-    let handshake = handshake::run(transport, surroundings, speaker, visit.id, &mut visit.failure);
+    let connection = Connection::new(orders.clone(), speaker.clone(), surroundings.world.clone());
+    let ends = Ends(connection.clone());
+    let handshake = handshake::run(transport, surroundings, &connection, speaker, visit.id, &mut visit.failure);
     let agreed = match or(closed_at_once, handshake).await {
         Ok(agreed) => agreed,
         Err(end) => return end,
@@ -222,8 +228,9 @@ async fn serve(
         (End::Drained, Ok(()))
     };
     // Boxed, so that they are not here twice.
-    let attending = Box::pin(attend(Box::new(backend), left_over, transport, surroundings, speaker));
+    let attending = Box::pin(attend(Box::new(backend), left_over, transport, surroundings, &connection, speaker));
     let (end, closed) = or(closed_at_once, attending).await;
+    drop(ends);
     drop(turn);
     if let Err(error) = closed {
         speaker.error(format_args!("closing the device: {error}"));
@@ -238,6 +245,7 @@ async fn attend(
     mut input: Input,
     transport: &mut dyn Transport,
     surroundings: &Surroundings,
+    connection: &Connection,
     speaker: &Speaker,
 ) -> (End, crate::device::Result<()>) {
     loop {
@@ -247,7 +255,7 @@ async fn attend(
         }
         // Boxed, so that a client that rests does not pay for it.
         let input = std::mem::take(&mut input);
-        match Box::pin(spell(&mut backend, input, transport, surroundings, speaker)).await {
+        match Box::pin(spell(&mut backend, input, transport, surroundings, connection, speaker)).await {
             Spell::Rests => {}
             Spell::Ended(end) => return (end, Box::pin(backend.close()).await),
         }
@@ -272,6 +280,7 @@ async fn spell(
     input: Input,
     transport: &mut dyn Transport,
     surroundings: &Surroundings,
+    connection: &Connection,
     speaker: &Speaker,
 ) -> Spell {
     let orders = &surroundings.orders;
@@ -279,7 +288,7 @@ async fn spell(
     let (work, work_inbox) = async_channel::bounded(transmission::BATCHES);
     let (replies, replies_inbox) = async_channel::bounded(transmission::BATCHES);
     let handed_up = replies_inbox.clone();
-    let transmission = Transmission::new(backend.agreement(), input, surroundings, work, replies_inbox);
+    let transmission = Transmission::new(backend.agreement(), input, surroundings, connection, work, replies_inbox);
     let enough = transport.worth_sending();
     let sending = pin!(transmission.run(transport, orders, speaker));
     let serving = pin!(backend.run(work_inbox, replies, enough, || orders.is_draining()));

@@ -20,6 +20,7 @@ use super::{End, Input, Surroundings};
 use crate::backend::{Batch, Payload, Replies, Work};
 use crate::blocks::{BLOCK, Blocks};
 use crate::buffers::{Buffers, RECEIVE};
+use crate::connection::Connection;
 use crate::coordinator::{Orders, Watch};
 use crate::extents::MAX_EXTENTS;
 use crate::log::Speaker;
@@ -71,6 +72,7 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 pub(super) struct Transmission {
     agreement: Agreement,
+    connection: Connection,
     buffers: Buffers,
     work: Sender<Batch>,
     replies: Pin<Box<Receiver<Replies>>>,
@@ -174,12 +176,14 @@ impl Transmission {
         agreement: Agreement,
         input: Input,
         surroundings: &Surroundings,
+        connection: &Connection,
         work: Sender<Batch>,
         replies: Receiver<Replies>,
     ) -> Transmission {
         let Surroundings { buffers, world, .. } = surroundings;
         Transmission {
             agreement,
+            connection: connection.clone(),
             buffers: buffers.clone(),
             work,
             replies: Box::pin(replies),
@@ -209,6 +213,7 @@ impl Transmission {
         if let Ok(Over::Rests) = over {
             return Spell::Rests;
         }
+        self.connection.end();
         transport.finish();
         if self.draining && over.is_ok() {
             self.read_over(transport).await;
@@ -239,9 +244,16 @@ impl Transmission {
         }
         loop {
             let mut moved = self.poll_replies(cx)?;
+            if self.connection.is_cut() {
+                return Poll::Ready(Err(End::Cut));
+            }
             moved |= self.poll_send(cx, transport).map_err(End::Lost)?;
             moved |= self.hand_down()?;
             moved |= self.poll_receive(cx, transport)?;
+            if self.listening == Listening::No {
+                // What is asked for is still answered, but nobody makes the client wait for it.
+                self.connection.end();
+            }
             if self.listening == Listening::No && self.requests == 0 {
                 return Poll::Ready(Ok(Over::Done));
             }
