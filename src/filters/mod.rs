@@ -2,12 +2,24 @@
 
 use crate::layer::{About, Filter};
 
+pub(crate) mod kit;
 pub mod checkwrite;
 pub mod exitlast;
 pub mod exitwhen;
 pub mod extentlist;
+pub mod fua;
+pub mod nocache;
+pub mod noextents;
+pub mod noparallel;
+pub mod nozero;
+pub mod offset;
 pub mod openonce;
+pub mod partition;
+pub mod readonly;
+pub mod rotational;
+pub mod swab;
 pub mod tls_fallback;
+pub mod truncate;
 
 /// A filter by name.
 #[derive(Debug)]
@@ -24,8 +36,19 @@ pub static ALL: &[Entry] = &[
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
     Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
     Entry { about: &extentlist::ABOUT, new: || Box::<extentlist::ExtentList>::default() },
+    Entry { about: &fua::ABOUT, new: || Box::<fua::Fua>::default() },
+    Entry { about: &nocache::ABOUT, new: || Box::<nocache::NoCache>::default() },
+    Entry { about: &noextents::ABOUT, new: || Box::new(noextents::NoExtents) },
+    Entry { about: &noparallel::ABOUT, new: || Box::<noparallel::NoParallel>::default() },
+    Entry { about: &nozero::ABOUT, new: || Box::<nozero::NoZero>::default() },
+    Entry { about: &offset::ABOUT, new: || Box::<offset::Offset>::default() },
     Entry { about: &openonce::ABOUT, new: || Box::new(openonce::OpenOnce) },
+    Entry { about: &partition::ABOUT, new: || Box::<partition::Partition>::default() },
+    Entry { about: &readonly::ABOUT, new: || Box::<readonly::ReadOnly>::default() },
+    Entry { about: &rotational::ABOUT, new: || Box::<rotational::Rotational>::default() },
+    Entry { about: &swab::ABOUT, new: || Box::<swab::Swab>::default() },
     Entry { about: &tls_fallback::ABOUT, new: || Box::<tls_fallback::TlsFallback>::default() },
+    Entry { about: &truncate::ABOUT, new: || Box::<truncate::Truncate>::default() },
 ];
 
 /// The filter of that name.
