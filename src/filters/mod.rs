@@ -3,11 +3,17 @@
 use crate::layer::{About, Filter};
 
 pub(crate) mod kit;
+pub(crate) mod kit;
+pub(crate) mod random;
 pub mod checkwrite;
+pub mod count;
+pub mod delay;
+pub mod error;
 pub mod exitlast;
 pub mod exitwhen;
 pub mod extentlist;
 pub mod fua;
+pub mod log;
 pub mod nocache;
 pub mod noextents;
 pub mod noparallel;
@@ -17,7 +23,9 @@ pub mod openonce;
 pub mod partition;
 pub mod readonly;
 pub mod rotational;
+pub mod stats;
 pub mod swab;
+pub mod time_limit;
 pub mod tls_fallback;
 pub mod truncate;
 
@@ -33,10 +41,14 @@ pub struct Entry {
 /// Every filter, in alphabetical order, as help lists them.
 pub static ALL: &[Entry] = &[
     Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
+    Entry { about: &count::ABOUT, new: || Box::new(count::Count) },
+    Entry { about: &delay::ABOUT, new: || Box::<delay::Delay>::default() },
+    Entry { about: &error::ABOUT, new: || Box::<error::ErrorInject>::default() },
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
     Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
     Entry { about: &extentlist::ABOUT, new: || Box::<extentlist::ExtentList>::default() },
     Entry { about: &fua::ABOUT, new: || Box::<fua::Fua>::default() },
+    Entry { about: &log::ABOUT, new: || Box::<log::LogFilter>::default() },
     Entry { about: &nocache::ABOUT, new: || Box::<nocache::NoCache>::default() },
     Entry { about: &noextents::ABOUT, new: || Box::new(noextents::NoExtents) },
     Entry { about: &noparallel::ABOUT, new: || Box::<noparallel::NoParallel>::default() },
@@ -46,7 +58,9 @@ pub static ALL: &[Entry] = &[
     Entry { about: &partition::ABOUT, new: || Box::<partition::Partition>::default() },
     Entry { about: &readonly::ABOUT, new: || Box::<readonly::ReadOnly>::default() },
     Entry { about: &rotational::ABOUT, new: || Box::<rotational::Rotational>::default() },
+    Entry { about: &stats::ABOUT, new: || Box::<stats::Stats>::default() },
     Entry { about: &swab::ABOUT, new: || Box::<swab::Swab>::default() },
+    Entry { about: &time_limit::ABOUT, new: || Box::<time_limit::TimeLimit>::default() },
     Entry { about: &tls_fallback::ABOUT, new: || Box::<tls_fallback::TlsFallback>::default() },
     Entry { about: &truncate::ABOUT, new: || Box::<truncate::Truncate>::default() },
 ];
