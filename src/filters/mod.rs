@@ -5,14 +5,19 @@ use crate::layer::{About, Filter};
 pub(crate) mod kit;
 pub(crate) mod kit;
 pub(crate) mod random;
+pub(crate) mod kit;
+pub(crate) mod random;
 pub mod checkwrite;
 pub mod count;
 pub mod delay;
 pub mod error;
 pub mod exitlast;
 pub mod exitwhen;
+pub mod exportname;
 pub mod extentlist;
 pub mod fua;
+pub mod ip;
+pub mod limit;
 pub mod log;
 pub mod nocache;
 pub mod noextents;
@@ -21,6 +26,7 @@ pub mod nozero;
 pub mod offset;
 pub mod openonce;
 pub mod partition;
+pub mod protect;
 pub mod readonly;
 pub mod rotational;
 pub mod stats;
@@ -46,8 +52,11 @@ pub static ALL: &[Entry] = &[
     Entry { about: &error::ABOUT, new: || Box::<error::ErrorInject>::default() },
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
     Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
+    Entry { about: &exportname::ABOUT, new: || Box::<exportname::ExportName>::default() },
     Entry { about: &extentlist::ABOUT, new: || Box::<extentlist::ExtentList>::default() },
     Entry { about: &fua::ABOUT, new: || Box::<fua::Fua>::default() },
+    Entry { about: &ip::ABOUT, new: || Box::<ip::Ip>::default() },
+    Entry { about: &limit::ABOUT, new: || Box::<limit::Limit>::default() },
     Entry { about: &log::ABOUT, new: || Box::<log::LogFilter>::default() },
     Entry { about: &nocache::ABOUT, new: || Box::<nocache::NoCache>::default() },
     Entry { about: &noextents::ABOUT, new: || Box::new(noextents::NoExtents) },
@@ -56,6 +65,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &offset::ABOUT, new: || Box::<offset::Offset>::default() },
     Entry { about: &openonce::ABOUT, new: || Box::new(openonce::OpenOnce) },
     Entry { about: &partition::ABOUT, new: || Box::<partition::Partition>::default() },
+    Entry { about: &protect::ABOUT, new: || Box::<protect::Protect>::default() },
     Entry { about: &readonly::ABOUT, new: || Box::<readonly::ReadOnly>::default() },
     Entry { about: &rotational::ABOUT, new: || Box::<rotational::Rotational>::default() },
     Entry { about: &stats::ABOUT, new: || Box::<stats::Stats>::default() },

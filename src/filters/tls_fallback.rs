@@ -1,61 +1,41 @@
-//! `tls-fallback`: clients without TLS get a small read-only disk that says so, and nothing of the plugin. What is behind is
-//! not even opened for them, so that they cannot wear it out.
-//! Source: nbdkit filters/tls-fallback/tls-fallback.c, nbdkit-tls-fallback-filter.pod.
+//! `tls-fallback`: a client without TLS sees a message instead of the disk. Source: nbdkit filters/tls-fallback/tls-fallback.c.
 
 use std::sync::Arc;
 
-use nbdcaptive_actors::device::{self, Call, Client, Device, Export, Exports, MetaContext, Segments, ThreadModel};
+use nbdcaptive_actors::device::{Call, Client, Device, Export, Exports, MetaContext, Result, ThreadModel};
 use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use super::kit::{optional, unknown};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 
 /// See the module.
 pub static ABOUT: About = About {
     name: "tls-fallback",
-    summary: "give clients without TLS a message instead of the disk",
-    parameters: &[Parameter {
-        key: "tlsreadme",
-        value: "<MESSAGE>",
-        help: "what clients without TLS read, at most 512 bytes",
-        required: false,
-    }],
+    summary: "show a message to clients without TLS",
+    parameters: &[optional("tlsreadme", "<MESSAGE>", "the message; what is over 512 bytes is cut off")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,
     dump: &[],
 };
 
-/// The size of the small disk, in bytes.
+/// Bytes of the disk that holds the message.
 const SIZE: usize = 512;
 
-type Message = Arc<[u8; SIZE]>;
-
-/// The filter.
-#[derive(Debug)]
-pub struct TlsFallback {
-    message: [u8; SIZE],
-}
+/// The filter: the message.
+#[derive(Clone, Debug)]
+pub struct TlsFallback(Vec<u8>);
 
 impl Default for TlsFallback {
-    fn default() -> Self {
-        TlsFallback {
-            message: padded(b"This NBD server requires TLS authentication before it will serve useful data.\n"),
-        }
+    fn default() -> TlsFallback {
+        TlsFallback(b"This NBD server requires TLS authentication before it will serve useful data.\n".to_vec())
     }
 }
 
-/// Cut or filled up with zeroes.
-fn padded(text: &[u8]) -> [u8; SIZE] {
-    let mut message = [0; SIZE];
-    let length = text.len().min(SIZE);
-    message[..length].copy_from_slice(&text[..length]);
-    message
-}
-
 impl Filter for TlsFallback {
-    fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
+    fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
         match key {
-            "tlsreadme" => self.message = padded(value.bytes()),
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            "tlsreadme" => self.0 = value.bytes().to_owned(),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }
@@ -64,12 +44,15 @@ impl Filter for TlsFallback {
         self: Box<Self>,
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
-    ) -> Result<Arc<dyn Exports>, ConfigError> {
-        // One who stays would keep everybody else out.
+    ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        // Those with the message would keep out those with TLS.
         if next.thread_model() == ThreadModel::SerializeConnections {
-            return Err(ConfigError("the tls-fallback filter requires parallel connection support".into()));
+            return Err(ConfigError("the tls-fallback filter requires parallel connection support".to_owned()));
         }
-        Ok(Arc::new(FilteredExports(Fallback { next, message: Arc::new(self.message) })))
+        let mut message = [0; SIZE];
+        let length = self.0.len().min(SIZE);
+        message[..length].copy_from_slice(&self.0[..length]);
+        Ok(Arc::new(FilteredExports(Fallback { next, message: Message(message) })))
     }
 }
 
@@ -78,51 +61,51 @@ struct Fallback {
     message: Message,
 }
 
+/// A client without TLS hears nothing of the next layer, and costs it nothing. CVE-2019-14850.
 impl FilterExports for Fallback {
     fn next(&self) -> &dyn Exports {
         &*self.next
     }
-    fn open(&self, client: &Client) -> device::Result<Box<dyn Device>> {
-        if client.is_tls { self.next.open(client) } else { Ok(Box::new(Readme(Arc::clone(&self.message)))) }
+
+    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
+        if client.is_tls { self.next.open(client) } else { Ok(Box::new(self.message)) }
     }
-    fn list(&self, client: &Client) -> device::Result<Vec<Export>> {
+
+    fn list(&self, client: &Client) -> Result<Vec<Export>> {
         if client.is_tls {
             return self.next.list(client);
         }
         Ok(vec![Export { name: Vec::new(), description: String::new() }])
     }
-    fn default_export(&self, client: &Client) -> device::Result<Option<Vec<u8>>> {
+
+    fn default_export(&self, client: &Client) -> Result<Option<Vec<u8>>> {
         if client.is_tls { self.next.default_export(client) } else { Ok(Some(Vec::new())) }
     }
-    fn meta_contexts(&self, client: &Client) -> device::Result<Vec<MetaContext>> {
+
+    fn meta_contexts(&self, client: &Client) -> Result<Vec<MetaContext>> {
         if client.is_tls { self.next.meta_contexts(client) } else { Ok(Vec::new()) }
     }
+
     fn description(&self, client: &Client) -> Option<String> {
         if client.is_tls { self.next.description(client) } else { None }
     }
 }
 
-/// What a client without TLS gets.
-struct Readme(Message);
+#[derive(Clone, Copy)]
+struct Message([u8; SIZE]);
 
-impl Device for Readme {
-    fn size(&self) -> device::Result<u64> {
+impl Device for Message {
+    fn size(&self) -> Result<u64> {
         Ok(SIZE as u64)
     }
+
     fn answers_at_once(&self) -> bool {
         true
     }
-    fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> device::Result<()> {
-        let mut reply = Segments::default();
-        self.read_segments(&mut reply, buffer.len(), offset, call)?;
-        buffer.copy_from_slice(&reply.to_vec());
-        Ok(())
-    }
-    fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, _call: &Call) -> device::Result<()> {
-        // Ranges were checked against the size.
-        let start = usize::try_from(offset).unwrap_or(SIZE).min(SIZE);
-        let end = start.saturating_add(length).min(SIZE);
-        reply.space(end - start).copy_from_slice(&self.0[start..end]);
+
+    fn read(&self, buffer: &mut [u8], offset: u64, _call: &Call) -> Result<()> {
+        // Requests are inside the disk.
+        buffer.copy_from_slice(&self.0[offset as usize..][..buffer.len()]);
         Ok(())
     }
 }
@@ -130,36 +113,22 @@ impl Device for Readme {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plugins::testing::ready;
-
-    fn over_null(parameters: &[(&str, &str)]) -> Arc<dyn Exports> {
-        let next = ready("null", &[("size", "1M".as_ref())]).expect("it is a size");
-        let mut filter = TlsFallback::default();
-        for (key, value) in parameters {
-            filter.config(key, Value(value.as_ref())).expect("it is a parameter");
-        }
-        Box::new(filter).ready(next, &mut Lifetime::default()).expect("it is complete")
-    }
+    use crate::filters::kit::testing::{memory, over, read};
 
     #[test]
-    fn a_client_without_tls_reads_the_message_and_one_with_tls_the_disk() {
-        let exports = over_null(&[("tlsreadme", "come back with TLS")]);
-        let plain = exports.open(&Client { export_name: b"any".to_vec(), ..Client::default() }).unwrap();
-        assert_eq!(plain.size().unwrap(), 512);
-        assert!(!plain.capabilities().unwrap().write);
-        let mut buffer = [1; 20];
-        plain.read(&mut buffer, 10, &Call::AT_ONCE).unwrap();
-        assert_eq!(&buffer, b"with TLS\0\0\0\0\0\0\0\0\0\0\0\0");
-        let secured = exports.open(&Client { is_tls: true, ..Client::default() }).unwrap();
-        assert_eq!(secured.size().unwrap(), 1 << 20);
-    }
-
-    #[test]
-    fn a_long_message_is_cut() {
-        let exports = over_null(&[("tlsreadme", &"x".repeat(600))]);
+    fn only_a_client_with_tls_sees_the_disk() {
+        let exports = over(memory("1M"), "tls-fallback", &[("tlsreadme", "use TLS")]).unwrap();
         let plain = exports.open(&Client::default()).unwrap();
-        let mut buffer = [0; 512];
-        plain.read(&mut buffer, 0, &Call::AT_ONCE).unwrap();
-        assert_eq!(buffer, [b'x'; 512]);
+        assert_eq!((plain.size().unwrap(), plain.capabilities().unwrap().write), (512, false));
+        assert_eq!(read(&*plain, 4, 5), b"TLS\0\0");
+        let secure = exports.open(&Client { is_tls: true, ..Client::default() }).unwrap();
+        assert_eq!((secure.size().unwrap(), secure.capabilities().unwrap().write), (1 << 20, true));
+    }
+
+    #[test]
+    fn does_not_go_with_one_client_at_a_time() {
+        let serial = over(memory("1M"), "noparallel", &[("serialize", "connections")]).unwrap();
+        let Err(error) = over(serial, "tls-fallback", &[]) else { panic!("it is taken") };
+        assert_eq!(error.0, "the tls-fallback filter requires parallel connection support");
     }
 }

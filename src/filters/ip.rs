@@ -1,0 +1,326 @@
+//! `ip`: which clients may connect, by where they come from. Source: nbdkit filters/ip/ip.c, nbdkit-ip-filter.pod.
+//!
+//! A client is let in if an `allow` rule matches, else refused if a `deny` rule does, else let in. One of whom nothing is known
+//! is refused. Rules about TLS certificates (`dn:`, `issuer-dn:`), security contexts and AF_VSOCK are understood and match nobody,
+//! because the engine does not tell these of a client; so a `deny` of them refuses nobody, which is why that is an error.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use nbdcaptive_actors::device::{Client, Device, Error, ErrorCode, Export, Exports, Peer, Result, ThreadModel};
+use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
+
+use super::kit::{optional, unknown};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::values;
+
+/// See the module.
+pub static ABOUT: About = About {
+    name: "ip",
+    summary: "let in or refuse clients by their address",
+    parameters: &[
+        optional(
+            "allow",
+            "<RULE>[,<RULE>...]",
+            "let these in: an address, ADDRESS/PREFIX, any, anyipv4, anyunix, pid:...",
+        ),
+        optional("deny", "<RULE>[,<RULE>...]", "refuse these, unless they are let in"),
+    ],
+    magic_key: None,
+    thread_model: ThreadModel::Parallel,
+    dump: &[],
+};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Rule {
+    Any,
+    AnyIpv4,
+    AnyIpv6,
+    AnyUnix,
+    Ipv4(Ipv4Addr, u32),
+    Ipv6(Ipv6Addr, u32),
+    Pid(i64),
+    Uid(i64),
+    Gid(i64),
+    /// Something that the engine does not know of a client.
+    Unknowable {
+        late: bool,
+    },
+}
+
+impl Rule {
+    fn matches(&self, peer: Option<&Peer>) -> bool {
+        let ip = match peer {
+            Some(Peer::Inet(address)) => Some(address.ip()),
+            _ => None,
+        };
+        let (pid, uid, gid) = match peer {
+            Some(Peer::Unix { pid, uid, gid }) => (pid.map(i64::from), uid.map(i64::from), gid.map(i64::from)),
+            _ => (None, None, None),
+        };
+        match self {
+            Rule::Any => true,
+            Rule::AnyIpv4 => matches!(ip, Some(IpAddr::V4(_))),
+            Rule::AnyIpv6 => matches!(ip, Some(IpAddr::V6(_))),
+            Rule::AnyUnix => matches!(peer, Some(Peer::Unix { .. })),
+            Rule::Ipv4(rule, prefix) => {
+                let bits = |address: &Ipv4Addr| address.to_bits().checked_shr(32 - prefix).unwrap_or(0);
+                matches!(ip, Some(IpAddr::V4(ip)) if bits(&ip) == bits(rule))
+            }
+            Rule::Ipv6(rule, prefix) => {
+                let bits = |address: &Ipv6Addr| address.to_bits().checked_shr(128 - prefix).unwrap_or(0);
+                matches!(ip, Some(IpAddr::V6(ip)) if bits(&ip) == bits(rule))
+            }
+            Rule::Pid(rule) => pid == Some(*rule),
+            Rule::Uid(rule) => uid == Some(*rule),
+            Rule::Gid(rule) => gid == Some(*rule),
+            Rule::Unknowable { .. } => false,
+        }
+    }
+}
+
+/// The text behind a word, in whatever case that is.
+fn after<'a>(text: &'a str, word: &str) -> Option<&'a str> {
+    let (head, tail) = text.split_at_checked(word.len())?;
+    head.eq_ignore_ascii_case(word).then_some(tail)
+}
+
+/// A number in a range.
+fn number(what: &str, text: &str, least: i64, most: i64) -> std::result::Result<i64, ConfigError> {
+    let out_of_range = || ConfigError(format!("{what} parameter out of range"));
+    if text.trim_start().starts_with('-') {
+        return Err(out_of_range());
+    }
+    let number = values::u64(what, text).map_err(ConfigError)?;
+    i64::try_from(number).ok().filter(|number| (least..=most).contains(number)).ok_or_else(out_of_range)
+}
+
+fn rule(key: &str, text: &str) -> std::result::Result<Rule, ConfigError> {
+    let words: [(&[&str], Rule); 5] = [
+        (&["any", "all"], Rule::Any),
+        (&["anyipv4", "allipv4"], Rule::AnyIpv4),
+        (&["anyipv6", "allipv6"], Rule::AnyIpv6),
+        (&["anyunix", "allunix"], Rule::AnyUnix),
+        (&["anyvsock", "allvsock"], Rule::Unknowable { late: false }),
+    ];
+    for (names, rule) in words {
+        if names.iter().any(|name| text.eq_ignore_ascii_case(name)) {
+            return Ok(rule);
+        }
+    }
+    if let Some(text) = after(text, "pid:") {
+        return number("pid:", text, 1, i64::MAX).map(Rule::Pid);
+    }
+    if let Some(text) = after(text, "uid:") {
+        return number("uid:", text, 0, i64::MAX).map(Rule::Uid);
+    }
+    if let Some(text) = after(text, "gid:") {
+        return number("gid:", text, 0, i64::MAX).map(Rule::Gid);
+    }
+    for what in ["vsock-cid:", "vsock-port:"] {
+        if let Some(text) = after(text, what) {
+            number(what, text, 0, u32::MAX.into())?;
+            return Ok(Rule::Unknowable { late: false });
+        }
+    }
+    for what in ["dn:", "issuer-dn:", "security:"] {
+        if after(text, what).is_some() {
+            return Ok(Rule::Unknowable { late: what != "security:" });
+        }
+    }
+    let (address, prefix) = match text.split_once('/') {
+        Some((address, prefix)) => (address, Some(values::unsigned(key, prefix).map_err(ConfigError)?)),
+        None => (text, None),
+    };
+    let (most, rule): (_, fn(IpAddr, u32) -> Rule) = match address.parse() {
+        Ok(IpAddr::V4(_)) => (32, address_rule),
+        Ok(IpAddr::V6(_)) => (128, address_rule),
+        Err(_) if prefix.is_some() => {
+            return Err(ConfigError(format!("cannot parse address \"{address}\" from {key}={text}")));
+        }
+        Err(_) => return Err(ConfigError(format!("don't know how to parse rule: {key}={text}"))),
+    };
+    let prefix = prefix.unwrap_or(most);
+    if prefix > most {
+        return Err(ConfigError(format!("prefix is > {most} in {key}={text}")));
+    }
+    // It has just been parsed.
+    address.parse().map(|address| rule(address, prefix)).map_err(|_| ConfigError(format!("{key}={text}")))
+}
+
+fn address_rule(address: IpAddr, prefix: u32) -> Rule {
+    match address {
+        IpAddr::V4(address) => Rule::Ipv4(address, prefix),
+        IpAddr::V6(address) => Rule::Ipv6(address, prefix),
+    }
+}
+
+/// The filter.
+#[derive(Debug, Default)]
+pub struct Ip {
+    allow: Vec<Rule>,
+    deny: Vec<Rule>,
+}
+
+impl Filter for Ip {
+    fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
+        let text = value.text(key)?;
+        let rules = match key {
+            "allow" => &mut self.allow,
+            "deny" => &mut self.deny,
+            _ => return Err(unknown(key)),
+        };
+        // Names in certificates have commas.
+        if after(text, "dn:").or_else(|| after(text, "issuer-dn:")).is_some() {
+            rules.push(rule(key, text)?);
+            return Ok(());
+        }
+        // One comma at the end is fine.
+        let list = text.strip_suffix(',').unwrap_or(text);
+        for one in list.split(',').filter(|_| !text.is_empty()) {
+            if one.is_empty() {
+                return Err(ConfigError(format!("{key}: empty entry in rule list")));
+            }
+            rules.push(rule(key, one)?);
+        }
+        Ok(())
+    }
+
+    fn config_complete(&mut self) -> std::result::Result<(), ConfigError> {
+        if self.deny.iter().any(|rule| matches!(rule, Rule::Unknowable { .. })) {
+            let line = "deny: TLS names, security contexts and AF_VSOCK addresses of clients are not known here";
+            return Err(ConfigError(line.to_owned()));
+        }
+        Ok(())
+    }
+
+    fn ready(
+        self: Box<Self>,
+        next: Arc<dyn Exports>,
+        _lifetime: &mut Lifetime,
+    ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        let late = self.allow.iter().any(|rule| matches!(rule, Rule::Unknowable { late: true }));
+        Ok(Arc::new(FilteredExports(Guarded { next, rules: *self, late })))
+    }
+}
+
+struct Guarded {
+    next: Arc<dyn Exports>,
+    rules: Ip,
+    /// A rule is about TLS, so nothing can be said before the handshake.
+    late: bool,
+}
+
+impl Guarded {
+    fn check(&self, client: &Client) -> Result<()> {
+        let peer = client.peer.as_ref();
+        let matches = |rules: &[Rule]| rules.iter().any(|rule| rule.matches(peer));
+        if peer.is_some() && (matches(&self.rules.allow) || !matches(&self.rules.deny)) {
+            return Ok(());
+        }
+        let why = "client not permitted to connect because of source address restriction";
+        Err(Error::failed(ErrorCode::NotPermitted, why))
+    }
+
+    fn check_if(&self, late: bool, client: &Client) -> Result<()> {
+        if late == self.late { self.check(client) } else { Ok(()) }
+    }
+}
+
+impl FilterExports for Guarded {
+    fn next(&self) -> &dyn Exports {
+        &*self.next
+    }
+
+    fn looks_at_clients(&self) -> bool {
+        true
+    }
+
+    fn preconnect(&self, client: &Client) -> Result<()> {
+        self.check_if(false, client)?;
+        if self.next.looks_at_clients() { self.next.preconnect(client) } else { Ok(()) }
+    }
+
+    fn list(&self, client: &Client) -> Result<Vec<Export>> {
+        self.check_if(true, client)?;
+        self.next.list(client)
+    }
+
+    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
+        self.check_if(true, client)?;
+        self.next.open(client)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filters::kit::testing::{memory, over, refused};
+    use std::net::SocketAddr;
+
+    fn inet(address: &str) -> Option<Peer> {
+        Some(Peer::Inet(SocketAddr::new(address.parse().unwrap(), 1000)))
+    }
+
+    const UNIX: Option<Peer> = Some(Peer::Unix { pid: Some(10), uid: Some(20), gid: Some(30) });
+
+    /// Whether a client is let in by these parameters.
+    fn enters(parameters: &[(&str, &str)], peer: Option<Peer>) -> bool {
+        let exports = over(memory("1M"), "ip", parameters).unwrap();
+        exports.preconnect(&Client { peer, ..Client::default() }).is_ok()
+    }
+
+    #[test]
+    fn allow_goes_before_deny() {
+        assert!(enters(&[], inet("1.2.3.4")));
+        assert!(!enters(&[("deny", "all")], inet("1.2.3.4")));
+        assert!(enters(&[("deny", "all"), ("allow", "1.2.3.4")], inet("1.2.3.4")));
+        assert!(!enters(&[("allow", "1.2.3.4"), ("deny", "all")], inet("1.2.3.5")));
+        assert!(enters(&[("allow", "1.2.3.4")], inet("1.2.3.5")), "what no rule says anything of is let in");
+        assert!(!enters(&[], None), "one of whom nothing is known is not");
+        assert!(enters(&[("allow", "9.9.9.9,10.0.0.0/8,"), ("allow", "anyunix"), ("deny", "ANY")], inet("10.1.2.3")));
+    }
+
+    #[test]
+    fn each_rule_matches_its_own() {
+        let only = |rule: &str, peer| enters(&[("allow", rule), ("deny", "any")], peer);
+        for (rule, yes, no) in [
+            ("anyipv4", inet("1.2.3.4"), inet("::1")),
+            ("AllIPv6", inet("::1"), inet("1.2.3.4")),
+            ("anyunix", UNIX, inet("1.2.3.4")),
+            ("192.168.0.0/23", inet("192.168.1.255"), inet("192.168.2.0")),
+            ("0.0.0.0/0", inet("255.255.255.255"), inet("::1")),
+            ("fd00::/8", inet("fdff::1"), inet("fe00::1")),
+            ("::/0", inet("ffff::"), UNIX),
+            ("::1", inet("::1"), inet("::2")),
+            ("2001:db8::8000/113", inet("2001:db8::ffff"), inet("2001:db8::7fff")),
+            ("pid:10", UNIX, inet("1.2.3.4")),
+            ("UID:20", UNIX, Some(Peer::Unix { pid: None, uid: Some(10), gid: None })),
+            ("gid:30", UNIX, Some(Peer::Unix { pid: None, uid: Some(30), gid: Some(20) })),
+        ] {
+            assert!(only(rule, yes), "{rule}");
+            assert!(!only(rule, no), "{rule}");
+        }
+        for rule in ["anyvsock", "vsock-cid:2", "vsock-port:1", "dn:CN=a,O=b", "security:x"] {
+            let exports = over(memory("1M"), "ip", &[("allow", rule), ("deny", "any")]).unwrap();
+            let client = Client { peer: inet("1.2.3.4"), ..Client::default() };
+            assert!(exports.preconnect(&client).and_then(|()| exports.open(&client).map(drop)).is_err(), "{rule}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_rule_is_refused() {
+        let why = |rule| refused("ip", &[("allow", rule)]);
+        assert_eq!(why("x"), "don't know how to parse rule: allow=x");
+        assert_eq!(why("1.2.3"), "don't know how to parse rule: allow=1.2.3");
+        assert_eq!(why("x/8"), "cannot parse address \"x\" from allow=x/8");
+        assert_eq!(why("1.2.3.4/33"), "prefix is > 32 in allow=1.2.3.4/33");
+        assert_eq!(why("::/129"), "prefix is > 128 in allow=::/129");
+        assert_eq!(why("any,,any"), "allow: empty entry in rule list");
+        assert_eq!(why(","), "allow: empty entry in rule list");
+        assert_eq!(why("pid:0"), "pid: parameter out of range");
+        assert_eq!(why("uid:-1"), "uid: parameter out of range");
+        assert_eq!(why("vsock-cid:4294967296"), "vsock-cid: parameter out of range");
+        assert!(refused("ip", &[("deny", "dn:x")]).starts_with("deny: TLS names"));
+    }
+}
