@@ -341,10 +341,6 @@ pub trait FilterExports: Send + Sync + 'static {
     fn description(&self, client: &Client) -> Option<String> {
         self.next().description(client)
     }
-    #[allow(missing_docs, reason = "see Exports")]
-    fn thread_model(&self) -> ThreadModel {
-        Self::THREAD_MODEL.min(self.next().thread_model())
-    }
     /// Whether this filter has something to do at the end.
     fn unloads(&self) -> bool {
         false

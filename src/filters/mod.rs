@@ -2,11 +2,6 @@
 
 use crate::layer::{About, Filter};
 
-pub(crate) mod kit;
-pub(crate) mod kit;
-pub(crate) mod random;
-pub(crate) mod kit;
-pub(crate) mod random;
 pub mod checkwrite;
 pub mod count;
 pub mod delay;
@@ -17,6 +12,7 @@ pub mod exportname;
 pub mod extentlist;
 pub mod fua;
 pub mod ip;
+pub(crate) mod kit;
 pub mod limit;
 pub mod log;
 pub mod nocache;
@@ -27,6 +23,7 @@ pub mod offset;
 pub mod openonce;
 pub mod partition;
 pub mod protect;
+pub(crate) mod random;
 pub mod readonly;
 pub mod rotational;
 pub mod stats;

@@ -12,7 +12,7 @@ fn nbdsh_reads_the_only_byte() {
     let mut launch = room.captive(["memory", "1"], r#"nbdsh -u "$uri" -c "print(h.pread(1, 0))""#);
     // Debian's own Python is the one that has libnbd.
     let path = std::env::var("PATH").unwrap_or_default();
-    let output = launch.env("PATH", &format!("/usr/bin:{path}")).run_to(0);
+    let output = launch.env("PATH", format!("/usr/bin:{path}")).run_to(0);
     assert_eq!(output.stdout, b"bytearray(b'\\x00')\n");
     room.assert_nothing_left();
 }
