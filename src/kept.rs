@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -56,6 +56,9 @@ const KEEPER: &CStr = c"read x || {
 }
 cd / && rm -rf -- \"$2\"";
 
+/// Where [`directory`] is where `$TMPDIR` says nothing.
+static PREFERRED: OnceLock<&str> = OnceLock::new();
+
 /// What is kept in this process.
 static KEPT: Mutex<Option<Kept>> = Mutex::new(None);
 
@@ -80,6 +83,12 @@ fn started(kept: &mut Option<Kept>) -> io::Result<&mut Kept> {
         Some(kept) => Ok(kept),
         None => Ok(kept.insert(Kept::start()?)),
     }
+}
+
+/// Puts directories there where `$TMPDIR` says nothing, instead of in /tmp. To be called before anything is started.
+pub fn prefer(parent: &'static str) {
+    // The first who says so is the only one: there is one plugin.
+    let _ = PREFERRED.set(parent);
 }
 
 /// Makes a directory that only this user may look into, and that is removed at the end with all that is in it.
@@ -171,16 +180,18 @@ impl Kept {
     }
 }
 
-/// A name that nobody else has, under `$TMPDIR` or /tmp. Nothing is made.
+/// A name that nobody else has, under `$TMPDIR` or where [`prefer`] says. Nothing is made.
 fn choose_directory() -> io::Result<PathBuf> {
     let mut random = [0; 12];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let name: String =
         random.iter().map(|byte| char::from(b"abcdefghijklmnopqrstuvwxyz234567"[*byte as usize % 32])).collect();
-    // There may be a socket in it, whose path must be short.
-    let fits = |path: &PathBuf| path.is_absolute() && path.as_os_str().len() <= LONGEST_PARENT;
+    let preferred = PREFERRED.get();
+    // There may be a socket in it, whose path must be short; not in one that is for disks.
+    let fits = |path: &PathBuf| path.is_absolute() && (preferred.is_some() || path.as_os_str().len() <= LONGEST_PARENT);
     let parent = std::env::var_os("TMPDIR").map(PathBuf::from).filter(fits);
-    Ok(parent.unwrap_or_else(|| PathBuf::from("/tmp")).join(format!("nbdcaptive-scripts-{name}")))
+    let parent = parent.unwrap_or_else(|| PathBuf::from(preferred.unwrap_or(&"/tmp")));
+    Ok(parent.join(format!("nbdcaptive-scripts-{name}")))
 }
 
 /// This process's environment with these in place of what is there by their names.

@@ -331,7 +331,7 @@ fn open_directory(path: &Path) -> device::Result<OwnedFd> {
         .map_err(|error| Error::system(format_args!("open {}", path.display()), error))
 }
 
-fn names_in(directory: &OwnedFd) -> device::Result<Vec<Vec<u8>>> {
+pub(super) fn names_in(directory: &OwnedFd) -> device::Result<Vec<Vec<u8>>> {
     // `read_from` opens the directory anew, so that two lists at a time do not share a position.
     let entries = rustix::fs::Dir::read_from(directory).map_err(|error| Error::system("opendir", error))?;
     let mut names = Vec::new();

@@ -7,9 +7,11 @@ pub mod example1;
 pub mod file;
 pub mod full;
 pub mod info;
+mod made;
 pub mod memory;
 pub mod nbd;
 pub mod null;
+pub mod ondemand;
 pub mod ones;
 pub mod partitioning;
 pub mod pattern;
@@ -18,6 +20,7 @@ mod regions;
 pub mod sh;
 pub mod sparse_random;
 pub mod split;
+pub mod tmpdisk;
 pub mod zero;
 
 /// A plugin by name.
@@ -39,6 +42,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &memory::ABOUT, new: || Box::<memory::Memory>::default() },
     Entry { about: &nbd::ABOUT, new: || Box::<nbd::Nbd>::default() },
     Entry { about: &null::ABOUT, new: || Box::<null::Null>::default() },
+    Entry { about: &ondemand::ABOUT, new: || Box::<ondemand::OnDemand>::default() },
     Entry { about: &ones::ABOUT, new: || Box::<ones::Ones>::default() },
     Entry { about: &partitioning::ABOUT, new: || Box::<partitioning::Partitioning>::default() },
     Entry { about: &pattern::ABOUT, new: || Box::<pattern::Pattern>::default() },
@@ -46,6 +50,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &sh::ABOUT, new: || Box::<sh::Sh>::default() },
     Entry { about: &sparse_random::ABOUT, new: || Box::<sparse_random::SparseRandom>::default() },
     Entry { about: &split::ABOUT, new: || Box::<split::Split>::default() },
+    Entry { about: &tmpdisk::ABOUT, new: || Box::<tmpdisk::TmpDisk>::default() },
     Entry { about: &zero::ABOUT, new: || Box::new(zero::Zero) },
 ];
 

@@ -13,11 +13,13 @@ use super::harness::{Launch, Room, nbdkit};
 mod allocators;
 #[path = "layers/files.rs"]
 mod files;
+#[path = "layers/made.rs"]
+mod made;
 #[path = "layers/simple.rs"]
 mod simple;
 
 /// What drives both servers.
-const OPERATIONS: &str = include_str!("layers/operations.py");
+const OPERATIONS_PROGRAM: &str = include_str!("layers/operations.py");
 
 /// What this server answers, line for line. The room may hold files that the arguments name.
 #[track_caller]
@@ -82,7 +84,7 @@ fn operate(room: &Room, operations: &[&str], captive: impl FnOnce(String) -> Lau
     // Debian's own, because that has libnbd.
     let python = Path::new("/usr/bin/python3");
     assert!(python.exists() && nbdkit().exists(), "apt install python3-libnbd nbdkit");
-    room.write("operations.py", OPERATIONS);
+    room.write("operations.py", OPERATIONS_PROGRAM);
     room.write("operations", operations.join("\n") + "\n");
     let command = format!("{} operations.py \"$uri\" < operations", python.display());
     captive(command).run_to(0).text().to_owned()
