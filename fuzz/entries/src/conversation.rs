@@ -72,8 +72,8 @@ struct Options {
     extended: bool,
     count: usize,
     current: Option<Current>,
-    /// The export for which `base:allocation` was selected.
-    selected: Option<Vec<u8>>,
+    /// The export for which contexts were selected, and their ids.
+    selected: Option<(Vec<u8>, Vec<u64>)>,
 }
 
 /// An option that waits for its reply.
@@ -82,7 +82,8 @@ struct Current {
     data: Vec<u8>,
     /// `NBD_INFO_EXPORT`: size and flags.
     export: Option<(u64, u16)>,
-    context: bool,
+    /// The ids of the contexts that have come.
+    contexts: Vec<u64>,
     /// Information that has come, by type.
     told: [bool; 4],
 }
@@ -90,7 +91,8 @@ struct Current {
 struct Transmission {
     structured: bool,
     extended: bool,
-    selected: bool,
+    /// The ids of the contexts that were selected.
+    selected: Vec<u64>,
     size: u64,
     read_only: bool,
     asked: Vec<Asked>,
@@ -222,6 +224,15 @@ impl Conversation {
         matches!(self.phase, Phase::Transmission(_))
     }
 
+    /// Whether every byte of data comes as a byte.
+    pub fn is_simple(&self) -> bool {
+        match &self.phase {
+            Phase::Options(options) => !options.structured && !options.extended,
+            Phase::Transmission(transmission) => !transmission.structured && !transmission.extended,
+            _ => true,
+        }
+    }
+
     /// Whether requests and replies have long headers.
     pub fn is_extended(&self) -> bool {
         matches!(&self.phase, Phase::Transmission(transmission) if transmission.extended)
@@ -266,7 +277,15 @@ impl Conversation {
     }
 
     fn greeting(&mut self) -> bool {
-        let Some(greeting) = take(&mut self.received, 18) else { return false };
+        let oldstyle = self.setting.oldstyle();
+        let Some(greeting) = take(&mut self.received, if oldstyle { 152 } else { 18 }) else { return false };
+        if oldstyle {
+            assert_eq!(greeting[..16], *b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53");
+            assert!(greeting[24..26] == [0; 2] && greeting[28..] == [0; 124]);
+            self.phase = Phase::Options(Options::default());
+            self.transmission(&[], (number(&greeting[16..24]), number(&greeting[26..28]) as u16));
+            return true;
+        }
         assert_eq!(greeting[..16], *b"NBDMAGICIHAVEOPT");
         let flags = number(&greeting[16..]) as u16;
         assert_eq!(flags & !3, 0, "unknown handshake flags");
@@ -292,7 +311,7 @@ impl Conversation {
         let data = self.sent.drain(..length).collect();
         options.count += 1;
         let last = options.count >= MANY_OPTIONS;
-        options.current = Some(Current { option, data, export: None, context: false, told: [false; 4] });
+        options.current = Some(Current { option, data, export: None, contexts: Vec::new(), told: [false; 4] });
         self.may_close |= last || matches!(option, NBD_OPT_EXPORT_NAME | NBD_OPT_ABORT);
         true
     }
@@ -332,7 +351,7 @@ impl Conversation {
                     NBD_OPT_STRUCTURED_REPLY => options.structured = true,
                     NBD_OPT_EXTENDED_HEADERS => options.extended = true,
                     NBD_OPT_SET_META_CONTEXT => {
-                        options.selected = done.context.then(|| name_in(&done.data).to_vec());
+                        options.selected = Some((name_in(&done.data).to_vec(), done.contexts));
                     }
                     NBD_OPT_LIST | NBD_OPT_LIST_META_CONTEXT => {}
                     _ => panic!("the option {option} was acknowledged"),
@@ -364,9 +383,15 @@ impl Conversation {
             }
             // NBD_REP_META_CONTEXT
             (4, NBD_OPT_LIST_META_CONTEXT | NBD_OPT_SET_META_CONTEXT) => {
-                assert_eq!(data[4..], *b"base:allocation");
-                assert!(!current.context, "one context twice");
-                current.context = true;
+                let id = number(&data[..4]);
+                match &data[4..] {
+                    b"base:allocation" | b"x-fuzz:narrow" => {}
+                    b"x-fuzz:wide" => assert!(options.extended, "a context that takes extended headers"),
+                    name => panic!("a context called {}", String::from_utf8_lossy(name)),
+                }
+                let is_new = option == NBD_OPT_LIST_META_CONTEXT || !current.contexts.contains(&id);
+                assert!(is_new && current.contexts.len() < 3, "one context twice");
+                current.contexts.push(id);
             }
             (kind, _) if kind & 1 << 31 != 0 => {
                 assert!(data.len() <= 4096);
@@ -387,11 +412,13 @@ impl Conversation {
         let Phase::Options(options) = &self.phase else { return };
         assert_eq!(size, self.setting.size());
         assert_eq!(flags & 2 != 0, self.setting.read_only(), "NBD_FLAG_READ_ONLY");
+        let selected = options.selected.as_ref().filter(|(export, _)| export == name);
+        let selected = selected.map(|(_, ids)| ids.clone()).unwrap_or_default();
         self.may_close = false;
         self.phase = Phase::Transmission(Transmission {
             structured: options.structured,
             extended: options.extended,
-            selected: options.selected.as_deref() == Some(name),
+            selected,
             size,
             read_only: flags & 2 != 0,
             asked: Vec::new(),
@@ -433,7 +460,8 @@ impl Conversation {
             self.may_close = true;
             return true;
         }
-        let has_payload = if extended { flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0 } else { kind == NBD_CMD_WRITE };
+        // The flag is left out by some for a write, and what goes with it is not.
+        let has_payload = kind == NBD_CMD_WRITE || extended && flags & NBD_CMD_FLAG_PAYLOAD_LEN != 0;
         let payload_left = if has_payload { length } else { 0 };
         self.may_close |= payload_left > LONG_PAYLOAD;
         let changes = matches!(kind, NBD_CMD_WRITE | NBD_CMD_TRIM | NBD_CMD_WRITE_ZEROES);
@@ -554,19 +582,22 @@ impl Conversation {
                 }
             }
             5 | 6 => {
-                assert!(transmission.selected && asked.kind == NBD_CMD_BLOCK_STATUS, "nobody asked for extents");
+                assert_eq!(asked.kind, NBD_CMD_BLOCK_STATUS, "nobody asked for extents");
                 assert_eq!(kind == 6, extended);
                 let (start, half) = if extended { (8, 8) } else { (4, 4) };
                 let list: Vec<u64> = data[start..].chunks(2 * half).map(|extent| number(&extent[..half])).collect();
-                assert!(number(&data[..4]) == 1 && (data.len() - start) % (2 * half) == 0 && !list.is_empty());
+                assert!((data.len() - start).is_multiple_of(2 * half) && !list.is_empty());
                 assert!(!extended || number(&data[4..8]) == list.len() as u64);
                 assert!(list.iter().all(|length| *length > 0), "an extent of nothing");
                 let before: u64 = list[..list.len() - 1].iter().sum();
-                assert!(before < asked.length, "extents that nobody asked for");
+                let length = asked.effect();
+                assert!(before < length, "extents that nobody asked for");
                 let one = asked.flags & NBD_CMD_FLAG_REQ_ONE != 0;
-                assert!(!one || list.len() == 1 && list[0] <= asked.length, "more than one extent");
-                asked.parts.push((0, 0));
-                assert_eq!(asked.parts.len(), 1, "one context twice");
+                assert!(!one || list.len() == 1 && list[0] <= length, "more than one extent");
+                let id = number(&data[..4]);
+                assert!(transmission.selected.contains(&id), "a context that was not selected");
+                assert!(!asked.parts.contains(&(id, id)), "one context twice");
+                asked.parts.push((id, id));
             }
             kind if kind & 1 << 15 != 0 => {
                 let message = number(&data[4..6]) as usize;
@@ -594,7 +625,19 @@ impl Conversation {
                 NBD_CMD_READ | NBD_CMD_WRITE | NBD_CMD_TRIM | NBD_CMD_CACHE | NBD_CMD_WRITE_ZEROES => {
                     assert!(end.is_some_and(|end| end <= transmission.size), "a success past the end");
                 }
-                NBD_CMD_BLOCK_STATUS => assert_eq!(asked.parts.len(), 1, "a block status without extents"),
+                NBD_CMD_BLOCK_STATUS => {
+                    let end = asked.offset.checked_add(asked.effect());
+                    assert!(end.is_some_and(|end| end <= transmission.size), "extents past the end");
+                    let wanted = match asked.payload.get(8..) {
+                        None => transmission.selected.clone(),
+                        Some(ids) => ids.chunks(4).map(number).collect(),
+                    };
+                    let all = wanted.iter().all(|id| asked.parts.contains(&(*id, *id)));
+                    assert!(
+                        all && asked.parts.len() == wanted.len() && !wanted.is_empty(),
+                        "not the contexts asked for"
+                    );
+                }
                 kind => panic!("a success of request type {kind}"),
             }
             if asked.kind == NBD_CMD_READ {
@@ -616,6 +659,14 @@ impl Conversation {
 }
 
 impl Asked {
+    /// How many bytes of the export it is about.
+    fn effect(&self) -> u64 {
+        if self.kind == NBD_CMD_BLOCK_STATUS && !self.payload.is_empty() {
+            return self.payload.get(..8).map_or(0, number);
+        }
+        self.length
+    }
+
     fn part(&mut self, offset: u64, length: u64) {
         assert_eq!(self.kind, NBD_CMD_READ, "data for something else than a read");
         let end = offset.checked_add(length).expect("the end of a chunk");

@@ -9,8 +9,8 @@ use nbdcaptive::layer::Value;
 use nbdcaptive::plugins;
 use nbdcaptive_actors::Server;
 use nbdcaptive_actors::device::{
-    BlockSize, Blocks, Call, Capabilities, Client, Device, Error, ErrorCode, Export, Exports, Extents, Flags, Result,
-    Segments, Support, ThreadModel,
+    BlockSize, Blocks, Call, Capabilities, Client, Device, Error, ErrorCode, Export, Exports, Extents, Flags,
+    MetaContext, Result, Segments, Support, ThreadModel,
 };
 
 /// What a server and its device are like. All zeroes are the plainest.
@@ -48,6 +48,16 @@ impl Setting {
     /// Ends with its last client.
     pub fn exit_last(&self) -> bool {
         self.server & 1 << 6 != 0
+    }
+
+    /// Speaks the oldstyle handshake.
+    pub fn oldstyle(&self) -> bool {
+        self.server & 1 << 5 != 0 && self.without & 3 == 3
+    }
+
+    /// How many clients may be there at a time.
+    pub fn max_clients(&self) -> Option<usize> {
+        (self.without & 1 != 0).then_some(3)
     }
 
     /// How long a handshake may take.
@@ -101,6 +111,8 @@ impl Setting {
             .structured_replies(self.server & 1 << 1 == 0)
             .meta_contexts(self.server & 1 << 2 == 0)
             .mask_handshake(if self.server & 1 << 5 == 0 { u16::MAX } else { u16::from(self.without & 3) })
+            .oldstyle(self.oldstyle())
+            .max_clients(self.max_clients())
             .exit_last(self.exit_last())
             .handshake_timeout(self.handshake_timeout())
             .threads(if self.without & 1 == 0 { 16 } else { 2 });
@@ -147,6 +159,12 @@ impl Exports for Moody {
 
     fn description(&self, client: &Client) -> Option<String> {
         (!client.export_name.is_empty()).then(|| "with a description".to_owned())
+    }
+
+    fn meta_contexts(&self, client: &Client) -> Result<Vec<MetaContext>> {
+        let context = |name: &'static str, is_wide| MetaContext { name: name.into(), is_wide };
+        let own = vec![context("x-fuzz:narrow", false), context("x-fuzz:wide", true)];
+        Ok(if client.export_name.is_empty() { own } else { Vec::new() })
     }
 
     fn thread_model(&self) -> ThreadModel {
@@ -253,6 +271,17 @@ impl Device for MoodyDisk {
     fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
         self.mood(extents.offset(), extents.length(), call)?;
         self.disk.extents(extents, call)
+    }
+
+    fn meta_context(&self, context: usize, extents: &mut Extents, call: &Call) -> Result<()> {
+        self.mood(extents.offset(), extents.length(), call)?;
+        let (mut at, mut flags) = (extents.offset(), context as u64);
+        // Longer and longer, so that there are few of them in the largest range.
+        while extents.add(at, (at / 2).max(1000), flags) {
+            at = at.saturating_add((at / 2).max(1000));
+            flags = flags.wrapping_mul(3).wrapping_add(1);
+        }
+        Ok(())
     }
 
     fn close(&self) -> Result<()> {

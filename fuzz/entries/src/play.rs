@@ -123,7 +123,8 @@ impl Play {
 
     fn add(&mut self, wire: Wire) {
         let mut talk = Conversation::new(self.setting, self.model.clone());
-        if self.is_ending || self.setting.exit_last() || self.setting.handshake_timeout().is_some() {
+        let may_be_full = self.setting.max_clients().is_some_and(|most| self.clients.len() >= most);
+        if may_be_full || self.is_ending || self.setting.exit_last() || self.setting.handshake_timeout().is_some() {
             talk.may_close();
         }
         self.clients.push(Client { wire, talk, held: Vec::new(), is_gone: false, was_cut: false, has_left: false });
@@ -141,7 +142,9 @@ impl Play {
         }
         let most = (OWED + LARGEST) * self.clients.len() as u64;
         let owed = self.given.load(Ordering::Relaxed).saturating_sub(carried);
-        assert!(owed <= most, "{owed} bytes of replies are kept for clients that do not take them");
+        // Of zeroes a structured reply may say in a few bytes how many they are.
+        let all_simple = self.clients.iter().all(|client| client.talk.is_simple());
+        assert!(owed <= most || !all_simple, "{owed} bytes of replies are kept for clients that do not take them");
     }
 
     /// Lets everything happen that can without time passing, with clients that take what they are sent; up to so many bytes.

@@ -59,7 +59,7 @@ impl Actor<'_, '_> {
             0 => self.connect()?,
             1 if has_client => {
                 let manner = self.byte()?;
-                let handshake = legal_handshake(manner);
+                let handshake = legal_handshake(self.play.setting, manner);
                 self.send(who, &handshake)?;
             }
             2 if has_client => {
@@ -157,8 +157,16 @@ impl Actor<'_, '_> {
                 (0..count).for_each(|info| data.extend(u16::from(info % 5).to_be_bytes()));
             }
             9 | 10 => {
-                let all: [&[u8]; 4] = [b"qemu:dirty-bitmap:x", b"", b"base:", b"base:allocation"];
-                let queries = &all[usize::from(self.byte()? % 5)..];
+                let all: [&[u8]; 7] = [
+                    b"x-fuzz:wide",
+                    b"x-fuzz:",
+                    b"qemu:dirty-bitmap:x",
+                    b"x-fuzz:narrow",
+                    b"",
+                    b"base:",
+                    b"base:allocation",
+                ];
+                let queries = &all[usize::from(self.byte()? % 8)..];
                 data.extend((name.len() as u32).to_be_bytes());
                 data.extend(name);
                 data.extend((queries.len() as u32).to_be_bytes());
@@ -223,14 +231,22 @@ impl Actor<'_, '_> {
             3 if long & 1 == 0 => (offset, length) = (0, 0),
             _ => {}
         }
-        let length = if extended { length } else { length.min(u64::from(u32::MAX)) };
+        let mut length = if extended { length } else { length.min(u64::from(u32::MAX)) };
         let cookie = self.next_cookie;
         // Two at a time may have the same name.
         self.next_cookie += u64::from(long != 255);
-        let payload = if kind == 1 { vec![fill; length as usize] } else { Vec::new() };
+        let mut payload = if kind == 1 { vec![fill; length as usize] } else { Vec::new() };
+        // For some contexts alone.
+        if extended && kind == 7 && fill & 3 == 0 {
+            payload.extend(length.to_be_bytes());
+            (1..4u32).filter(|id| fill & 1 << (id + 1) != 0).for_each(|id| payload.extend(id.to_be_bytes()));
+            payload.truncate(payload.len() - usize::from(fill >> 6 == 3));
+            length = payload.len() as u64;
+        }
         let mut bytes = if extended { 0x21e4_1c71u32 } else { 0x2560_9513 }.to_be_bytes().to_vec();
-        let with_payload = if extended && kind == 1 { 1 << 5 } else { 0 };
-        bytes.extend((flags | with_payload).to_be_bytes());
+        // Left out for some writes, as QEMU does.
+        let says_so = extended && !payload.is_empty() && !(kind == 1 && fill & 7 == 7);
+        bytes.extend((flags | if says_so { 1 << 5 } else { 0 }).to_be_bytes());
         bytes.extend(kind.to_be_bytes());
         bytes.extend(cookie.to_be_bytes());
         bytes.extend(offset.to_be_bytes());

@@ -60,12 +60,15 @@ pub fn handshake(data: &[u8]) {
 /// fourth byte say what was agreed on.
 pub fn transmission(data: &[u8]) {
     if let Some(Given { setting, manner, pieces }) = given(data) {
-        one_client(setting, manner, &legal_handshake(manner), pieces);
+        one_client(setting, manner, &legal_handshake(setting, manner), pieces);
     }
 }
 
 /// A handshake of which nothing is refused by a server that knows all of it.
-pub fn legal_handshake(manner: u8) -> Vec<u8> {
+pub fn legal_handshake(setting: Setting, manner: u8) -> Vec<u8> {
+    if setting.oldstyle() {
+        return Vec::new();
+    }
     let mut bytes = vec![0, 0, 0, 3];
     let mut option = |number: u32, data: &[u8]| {
         bytes.extend(b"IHAVEOPT");
@@ -79,7 +82,7 @@ pub fn legal_handshake(manner: u8) -> Vec<u8> {
         _ => option(8, &[]),
     }
     if manner & 1 << 2 != 0 {
-        option(10, b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation");
+        option(10, b"\0\0\0\0\0\0\0\x02\0\0\0\x0fbase:allocation\0\0\0\x0bx-fuzz:wide");
     }
     if manner & 1 << 3 != 0 {
         option(1, &[]);
