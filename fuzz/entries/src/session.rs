@@ -10,7 +10,7 @@ use crate::streams::legal_handshake;
 const MOST_CLIENTS: usize = 6;
 const MOST_STEPS: usize = 400;
 /// How many bytes of replies are taken in all: a few bytes can ask for a lot.
-const ENOUGH: usize = 160 << 20;
+const ENOUGH: usize = 80 << 20;
 
 const SIGTERM: i32 = 15;
 
@@ -83,7 +83,7 @@ impl Actor<'_, '_> {
             9 if has_client => self.play.clients[who].leave(),
             10 if has_client => self.play.clients[who].cut(),
             11 => {
-                self.is_excused |= self.play.is_ending;
+                self.is_excused |= self.play.is_ending || self.play.setting.exit_last();
                 self.play.stage.simulation.advance();
             }
             12 => {

@@ -6,7 +6,7 @@ use crate::disk::{SETTING, Setting};
 use crate::play::Play;
 
 /// How much one client takes before it has had enough, in bytes: a few bytes can ask for a lot.
-const ENOUGH: usize = 160 << 20;
+const ENOUGH: usize = 80 << 20;
 
 /// The first bytes say what server it is, and how the others come.
 struct Given<'a> {
@@ -18,13 +18,20 @@ struct Given<'a> {
 fn given(data: &[u8]) -> Option<Given<'_>> {
     let (setting, data) = data.split_first_chunk::<SETTING>()?;
     let (&[manner, split], data) = data.split_first_chunk::<2>()?;
-    Some(Given { setting: Setting::new(*setting), manner, pieces: Pieces { data, split: u64::from(split) } })
+    Some(Given { setting: Setting::new(*setting), manner, pieces: Pieces::new(data, split) })
 }
 
 /// The bytes in pieces of lengths that follow from `split`; 0 is all at once.
-struct Pieces<'a> {
+pub struct Pieces<'a> {
     data: &'a [u8],
     split: u64,
+}
+
+impl<'a> Pieces<'a> {
+    /// Cut as `split` says.
+    pub fn new(data: &'a [u8], split: u8) -> Pieces<'a> {
+        Pieces { data, split: u64::from(split) }
+    }
 }
 
 impl<'a> Iterator for Pieces<'a> {
