@@ -147,6 +147,14 @@ impl Conversation {
     pub fn sent(&mut self, bytes: &[u8]) {
         self.sent.extend(bytes);
         self.digest();
+        // The server may carry out what the client does not yet know to be a request.
+        let magics = [&0x2560_9513u32.to_be_bytes()[..], &0x21e4_1c71u32.to_be_bytes()];
+        if !self.is_transmission()
+            && let Some(model) = &self.model
+            && self.sent.make_contiguous().windows(4).any(|bytes| magics.contains(&bytes))
+        {
+            model.borrow_mut().give_up();
+        }
     }
 
     /// The server has sent this.

@@ -17,12 +17,18 @@ pub struct Model {
     known: Vec<bool>,
     pending: BTreeMap<u64, Pending>,
     next: u64,
+    given_up: bool,
 }
 
 impl Model {
     /// A disk of so many zeroes.
     pub fn new(size: usize) -> Model {
-        Model { bytes: vec![0; size], known: vec![true; size], pending: BTreeMap::new(), next: 0 }
+        Model { bytes: vec![0; size], known: vec![true; size], pending: BTreeMap::new(), next: 0, given_up: false }
+    }
+
+    /// Something was sent of which it is not known when it happens: from now on nothing is known.
+    pub fn give_up(&mut self) {
+        self.given_up = true;
     }
 
     /// A request was sent for a range within the disk. What is returned names it.
@@ -63,7 +69,7 @@ impl Model {
         let start = offset as usize;
         let end = start + data.len();
         assert!(read.range.start <= start && end <= read.range.end, "data of another range than was asked for");
-        if self.bytes[start..end] == *data {
+        if self.given_up || self.bytes[start..end] == *data {
             return;
         }
         for (place, byte) in (start..end).zip(data) {

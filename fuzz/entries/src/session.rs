@@ -67,6 +67,9 @@ impl Actor<'_, '_> {
                 self.send(who, &option)?;
             }
             3..=6 if has_client => {
+                if step & 3 != 3 && !self.play.clients[who].talk.is_transmission() {
+                    self.everything();
+                }
                 let request = self.request(who)?;
                 self.send(who, &request)?;
             }
