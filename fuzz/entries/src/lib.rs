@@ -12,8 +12,10 @@
 //! | `play.rs` | a server and its clients on a stage, and the end of it |
 //! | `streams.rs` | `handshake` and `transmission`: any bytes, in any pieces |
 //! | `session.rs` | `session`: several clients that mostly know what they do |
+//! | `client.rs` | `client`: any bytes of a server, in any pieces |
 //! | `values.rs` | `size` and `uri`: text |
 
+mod client;
 mod conversation;
 mod disk;
 mod model;
@@ -23,6 +25,7 @@ mod stage;
 mod streams;
 mod values;
 
+pub use client::client;
 pub use session::session;
 pub use streams::{handshake, transmission};
 pub use values::{size, uri};
@@ -31,5 +34,11 @@ pub use values::{size, uri};
 pub type Entry = fn(&[u8]);
 
 /// Every function by its name, as in `fuzz/corpus`.
-pub const ALL: &[(&str, Entry)] =
-    &[("handshake", handshake), ("transmission", transmission), ("session", session), ("uri", uri), ("size", size)];
+pub const ALL: &[(&str, Entry)] = &[
+    ("handshake", handshake),
+    ("transmission", transmission),
+    ("session", session),
+    ("uri", uri),
+    ("size", size),
+    ("client", client),
+];

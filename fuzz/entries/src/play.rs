@@ -159,7 +159,7 @@ impl Play {
             }
             self.look();
             if !moved || most == 0 {
-                return moved;
+                return most == 0;
             }
         }
     }

@@ -162,6 +162,11 @@ impl Wire {
         line.down_ended && line.down.is_empty()
     }
 
+    /// Whether the other end was closed.
+    pub fn is_closed(&self) -> bool {
+        self.line().down_ended
+    }
+
     /// Whether the server has taken all that was sent.
     pub fn all_taken(&self) -> bool {
         self.line().up.is_empty()

@@ -8,6 +8,7 @@ use std::time::Duration;
 use nbdcaptive::captive::quote::{shell_quote, uri_quote};
 use nbdcaptive::captive::uri::{self as builder, Endpoint};
 use nbdcaptive::cli::Tls;
+use nbdcaptive::uri::{Address, Uri};
 use nbdcaptive::values;
 
 /// Sizes, switches, numbers, delays and probabilities: `src/values.rs`.
@@ -108,6 +109,28 @@ pub fn uri(data: &[u8]) {
         assert_eq!(through_a_shell(&shell_quote(data)), data);
     }
     build(data);
+    if let Ok(text) = std::str::from_utf8(data) {
+        parse(text);
+    }
+}
+
+/// Text that may be a URI.
+fn parse(text: &str) {
+    let uri = match Uri::parse(text) {
+        Ok(uri) => uri,
+        Err(error) => {
+            let error = error.to_string();
+            assert!(!error.is_empty() && error.lines().count() == 1, "not one line: {error:?}");
+            return;
+        }
+    };
+    assert!(uri.export_name.len() <= 4096 && !uri.export_name.contains(&0));
+    for name in [&uri.export_name[..], b"", b"/?#%&=\xff\n"] {
+        let other = Uri::parse(&uri.of_export(name)).expect("the URI of an export is one");
+        let mut expected = uri.clone();
+        expected.export_name = name.to_vec();
+        assert_eq!(other, expected, "{text}");
+    }
 }
 
 /// The first byte chooses the form; the rest is a name, a path and another path.
@@ -155,6 +178,23 @@ fn build(data: &[u8]) {
     }
     assert_eq!(found.next(), None);
     assert!(builder::print_uri_text(&uri).ends_with(b"\n"));
+
+    // And by our own client.
+    let port_is_fine =
+        matches!(&endpoint, Endpoint::Tcp { port } if port.as_ref().is_none_or(|port| port.parse::<u16>().is_ok()));
+    let is_long = name.len() > 4096 || text.len() > 32 * 1024;
+    if !is_long && (is_unix && !path.is_empty() || port_is_fine) {
+        let read = Uri::parse(text).expect("a URI that was built can be read");
+        assert_eq!((read.tls, &read.export_name[..]), (tls == Tls::Require, name));
+        match (&read.address, &endpoint) {
+            (Address::Unix(read), Endpoint::Unix(path)) => assert_eq!(read, path),
+            (Address::Tcp { host, port: read }, Endpoint::Tcp { port }) => {
+                assert_eq!(host, "localhost");
+                assert_eq!(*read, port.as_ref().map_or(10809, |port| port.parse().expect("looked at above")));
+            }
+            _ => panic!("another kind of address"),
+        }
+    }
 }
 
 /// `%XX` as RFC 3986 has it.

@@ -132,3 +132,8 @@ fn what_is_built_from_any_bytes_can_be_taken_apart() {
 fn any_text_is_a_value_or_an_error() {
     replay("size", 100);
 }
+
+#[test]
+fn any_server_is_understood_or_left() {
+    replay("client", 100);
+}
