@@ -1,14 +1,19 @@
 //! Every session ends, whatever its client sends and wherever it stops.
 
-use std::io::{Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::thread;
 
-use nbdcaptive_actors::Cause;
+use async_channel::Sender;
+use nbdcaptive_actors::transport::Transport;
+use nbdcaptive_actors::{Cause, Server};
 use nix::libc::linger;
 use nix::sys::socket::{setsockopt, sockopt};
+use smol::Executor;
 
 use super::rig::*;
 
@@ -135,4 +140,34 @@ fn every_session_ends_wherever_its_client_stops() {
             assert!(disk.count(Op::Open) > 100 && disk.count(Op::Write) > 100, "the clients got somewhere");
         }
     });
+}
+
+#[test]
+fn a_client_that_was_handed_over_too_late_is_closed_although_more_could_be_handed_over() {
+    struct Late(Sender<()>);
+
+    impl Transport for Late {
+        fn poll_receive(&mut self, _: &mut Context<'_>, _: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+        fn poll_send(&mut self, _: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()))
+        }
+        fn finish(&mut self) {}
+    }
+
+    let executor = Arc::new(Executor::new());
+    let (door, arrivals) = async_channel::unbounded::<Box<dyn Transport>>();
+    let (open, closed) = async_channel::bounded(1);
+    let hand_over = door.clone();
+    let running = Server::new(Arc::new(Disk::new(|_| Ok(()))))
+        .clients(arrivals)
+        // No more clients are taken, and the channel is still there.
+        .before_refusing(move || drop(hand_over.try_send(Box::new(Late(open)))))
+        .start(&executor)
+        .unwrap();
+    running.handle().shut_down(Cause::Requested);
+    smol::block_on(executor.run(running.wait()));
+    assert!(closed.is_closed(), "the server has ended, and the client is still connected");
+    assert!(door.is_closed());
 }
