@@ -35,6 +35,7 @@ pub struct Play {
     model: Option<SharedModel>,
     outcome: Task<Outcome>,
     given: Arc<AtomicU64>,
+    lines: Shown,
     /// Somebody has asked for the end.
     pub is_ending: bool,
 }
@@ -53,7 +54,7 @@ pub struct Client {
     has_left: bool,
 }
 
-/// Makes every line, as `-v` would, and shows the last of them where something is wrong.
+/// Makes every line, as `-v` would, and keeps the last of them.
 #[derive(Default)]
 struct Lines(Mutex<VecDeque<String>>);
 
@@ -74,10 +75,13 @@ impl Log for Lines {
     }
 }
 
-impl Drop for Lines {
+/// Shows the lines where something is wrong.
+struct Shown(Arc<Lines>);
+
+impl Drop for Shown {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let lines = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let lines = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
             lines.iter().for_each(|line| eprintln!("{line}"));
         }
     }
@@ -103,12 +107,24 @@ impl Play {
     fn start(setting: Setting, finish: impl FnOnce(Server) -> Server) -> Play {
         let stage = Stage::new();
         let (server, given) = setting.server();
-        let server = finish(server.simulated(&stage.simulation).log(Arc::<Lines>::default()));
+        let lines = Arc::<Lines>::default();
+        let server = finish(server.simulated(&stage.simulation).log(lines.clone()));
         let running = server.start(&stage.executor).expect("there are no sockets to watch");
         let handle = running.handle();
         let outcome = stage.executor.spawn(async move { running.wait().await });
         let model = setting.is_small().then(|| Rc::new(RefCell::new(Model::new(setting.size() as usize))));
-        Play { stage, setting, handle, clients: Vec::new(), door: None, model, outcome, given, is_ending: false }
+        Play {
+            stage,
+            setting,
+            handle,
+            clients: Vec::new(),
+            door: None,
+            model,
+            outcome,
+            given,
+            lines: Shown(lines),
+            is_ending: false,
+        }
     }
 
     /// One client more, whose wire holds `room` bytes of replies.
@@ -210,7 +226,7 @@ impl Play {
             let taken = self.stage.simulation.elapsed() - all_gone;
             assert!(taken <= END, "everybody has left, and after {taken:?} the server has not ended");
         }
-        let Play { stage, outcome, clients, .. } = self;
+        let Play { stage, outcome, clients, lines: _lines, .. } = self;
         drop(clients);
         let outcome = smol::future::block_on(outcome);
         stage.work();
