@@ -10,7 +10,7 @@ use crate::streams::legal_handshake;
 const MOST_CLIENTS: usize = 6;
 const MOST_STEPS: usize = 400;
 /// How many bytes of replies are taken in all: a few bytes can ask for a lot.
-const ENOUGH: usize = 80 << 20;
+const ENOUGH: usize = 70 << 20;
 
 const SIGTERM: i32 = 15;
 
@@ -122,7 +122,7 @@ impl Actor<'_, '_> {
     }
 
     fn connect(&mut self) -> Result<()> {
-        let room = [100, 5000, 200_000, 1 << 22][usize::from(self.byte()? % 4)];
+        let room = [100, 5000, 200_000, 1 << 20][usize::from(self.byte()? % 4)];
         if self.play.clients.len() < MOST_CLIENTS {
             self.play.connect(room);
         }

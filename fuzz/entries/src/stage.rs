@@ -14,6 +14,9 @@ use smol::Executor;
 /// How often a task may run before all of them have nothing to do. A server that needs more has lost its way.
 const MOST_TURNS: usize = 1_000_000;
 
+/// How many bytes a wire holds at most.
+const WIDEST: usize = 1 << 20;
+
 thread_local! {
     static PANICS: Cell<usize> = const { Cell::new(0) };
 }
@@ -130,11 +133,15 @@ impl Wire {
         self.change(|line| line.up.extend(bytes));
     }
 
-    /// Takes up to `count` bytes of what the server sent.
+    /// Takes up to `count` bytes of what the server sent. Where that was all that the wire holds it holds twice as much from
+    /// then on, or a large reply would take for ever.
     pub fn take(&self, count: usize) -> Vec<u8> {
         let mut taken = Vec::new();
         if !self.line().down.is_empty() {
             self.change(|line| {
+                if line.down.len() == line.room && count >= line.room {
+                    line.room = (2 * line.room).min(WIDEST);
+                }
                 taken = vec![0; count.min(line.down.len())];
                 let _ = line.down.read_exact(&mut taken);
             });

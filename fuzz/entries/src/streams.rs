@@ -6,7 +6,7 @@ use crate::disk::{SETTING, Setting};
 use crate::play::Play;
 
 /// How much one client takes before it has had enough, in bytes: a few bytes can ask for a lot.
-const ENOUGH: usize = 80 << 20;
+const ENOUGH: usize = 70 << 20;
 
 /// The first bytes say what server it is, and how the others come.
 struct Given<'a> {
