@@ -46,6 +46,8 @@ pub struct Client {
     pub talk: Conversation,
     /// What it wants to send and has not sent yet.
     pub held: Vec<u8>,
+    /// It has begun to send.
+    pub has_begun: bool,
     /// The connection is no more.
     pub is_gone: bool,
     /// By the client's doing.
@@ -143,7 +145,15 @@ impl Play {
         if may_be_full || self.is_ending || self.setting.exit_last() || self.setting.handshake_timeout().is_some() {
             talk.may_close();
         }
-        self.clients.push(Client { wire, talk, held: Vec::new(), is_gone: false, was_cut: false, has_left: false });
+        self.clients.push(Client {
+            wire,
+            talk,
+            held: Vec::new(),
+            has_begun: false,
+            is_gone: false,
+            was_cut: false,
+            has_left: false,
+        });
     }
 
     /// Looks at what has come, and at what must hold at any time.

@@ -60,10 +60,15 @@ impl Actor<'_, '_> {
             1 if has_client => {
                 let manner = self.byte()?;
                 let handshake = legal_handshake(self.play.setting, manner);
-                self.send(who, &handshake)?;
+                // Perhaps its flags have been sent, and some options.
+                let begun = if self.begin(who) { 4.min(handshake.len()) } else { 0 };
+                self.send(who, &handshake[begun..])?;
             }
             2 if has_client => {
-                let option = self.option()?;
+                let mut option = self.option()?;
+                if !self.begin(who) && !self.play.setting.oldstyle() {
+                    option.splice(0..0, [0, 0, 0, 3]);
+                }
                 self.send(who, &option)?;
             }
             3..=6 if has_client => {
@@ -127,6 +132,11 @@ impl Actor<'_, '_> {
             self.play.connect(room);
         }
         Ok(())
+    }
+
+    /// Whether the client had begun before.
+    fn begin(&mut self, who: usize) -> bool {
+        std::mem::replace(&mut self.play.clients[who].has_begun, true)
     }
 
     /// Sends it, or a part of it and the rest later.
