@@ -232,12 +232,13 @@ impl Conversation {
         matches!(self.phase, Phase::Transmission(_))
     }
 
-    /// Whether every byte of data comes as a byte.
+    /// Whether every byte of data comes as a byte, as far as is known.
     pub fn is_simple(&self) -> bool {
         match &self.phase {
             Phase::Options(options) => !options.structured && !options.extended,
             Phase::Transmission(transmission) => !transmission.structured && !transmission.extended,
-            _ => true,
+            Phase::Over => false,
+            Phase::Greeting | Phase::Flags(_) => true,
         }
     }
 
