@@ -180,8 +180,8 @@ fn build(data: &[u8]) {
     assert!(builder::print_uri_text(&uri).ends_with(b"\n"));
 
     // And by our own client.
-    let port_is_fine =
-        matches!(&endpoint, Endpoint::Tcp { port } if port.as_ref().is_none_or(|port| port.parse::<u16>().is_ok()));
+    let is_number = |port: &String| port.parse::<u16>().is_ok() && !port.starts_with('+');
+    let port_is_fine = matches!(&endpoint, Endpoint::Tcp { port } if port.as_ref().is_none_or(is_number));
     let is_long = name.len() > 4096 || text.len() > 32 * 1024;
     if !is_long && (is_unix && !path.is_empty() || port_is_fine) {
         let read = Uri::parse(text).expect("a URI that was built can be read");
