@@ -54,6 +54,8 @@ pub struct Conversation {
     may_close: bool,
     /// There are other reasons.
     may_close_anyway: bool,
+    /// One of them is that the server ends, at once perhaps.
+    is_ending: bool,
 }
 
 enum Phase {
@@ -140,6 +142,7 @@ impl Conversation {
             phase: Phase::Greeting,
             may_close: false,
             may_close_anyway: false,
+            is_ending: false,
         }
     }
 
@@ -184,7 +187,7 @@ impl Conversation {
 
     /// The server is about to be asked to end: what is under way is to be answered.
     pub fn promise(&mut self) {
-        self.may_close_anyway = true;
+        (self.may_close_anyway, self.is_ending) = (true, true);
         if let Phase::Transmission(transmission) = &mut self.phase {
             for asked in transmission.asked.iter_mut().filter(|asked| asked.payload_left == 0) {
                 asked.promised = true;
@@ -195,10 +198,12 @@ impl Conversation {
     /// The server has hung up, and all was received.
     pub fn closed(&self) {
         assert!(self.may_close || self.may_close_anyway || self.has_lost_its_way(), "the server hung up for no reason");
-        if let Phase::Transmission(transmission) = &self.phase {
-            assert!(transmission.reading.is_none() || !transmission.orderly, "half a reply");
-            let answered = transmission.asked.is_empty();
-            assert!(answered || !transmission.orderly, "requests before NBD_CMD_DISC were not answered");
+        if let Phase::Transmission(transmission) = &self.phase
+            && transmission.orderly
+            && !self.is_ending
+        {
+            assert!(transmission.reading.is_none(), "half a reply");
+            assert!(transmission.asked.is_empty(), "requests before NBD_CMD_DISC were not answered");
         }
     }
 
