@@ -1,6 +1,6 @@
 //! Every input in the corpus, and mutations of them, through the functions that cargo-fuzz calls.
 //!
-//! How often is fixed, so that it ends whatever the machine: about half a minute on two cores without optimisation. The
+//! How often is fixed, so that it ends whatever the machine: less than a minute on two cores without optimisation. The
 //! numbers are the same in every run, unless `FUZZ_SEED` or `FUZZ_RUNS` says otherwise.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -110,30 +110,30 @@ fn mutation(corpus: &[(PathBuf, Vec<u8>)], random: &mut Random) -> Vec<u8> {
 
 #[test]
 fn any_handshake_is_answered_or_refused() {
-    replay("handshake", 100);
+    replay("handshake", 12_000);
 }
 
 #[test]
 fn any_requests_are_answered_or_refused() {
-    replay("transmission", 100);
+    replay("transmission", 12_000);
 }
 
 #[test]
 fn several_clients_get_what_they_ask_for_and_the_server_ends() {
-    replay("session", 100);
+    replay("session", 12_000);
 }
 
 #[test]
 fn what_is_built_from_any_bytes_can_be_taken_apart() {
-    replay("uri", 100);
+    replay("uri", 100_000);
 }
 
 #[test]
 fn any_text_is_a_value_or_an_error() {
-    replay("size", 100);
+    replay("size", 100_000);
 }
 
 #[test]
 fn any_server_is_understood_or_left() {
-    replay("client", 100);
+    replay("client", 100_000);
 }
