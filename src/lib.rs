@@ -22,10 +22,12 @@
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
 //! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
 //! | `probe.rs` | `--probe`: what an NBD server offers |
+//! | `overlay.rs`, `block_map.rs` | where filters keep data that is not the plugin's: temporary files, and which blocks are in them |
 //! | `page_cache.rs` | whether a file's data can be had without waiting |
 //! | `report.rs`, `report/` | lines to stderr, to a file, to the system log |
 //! | `xoshiro.rs` | nbdkit's random numbers |
 
+pub mod block_map;
 pub mod captive;
 pub mod cli;
 pub mod config;
@@ -35,6 +37,7 @@ pub mod inherited;
 pub mod kept;
 pub mod layer;
 pub mod listen;
+pub mod overlay;
 pub mod page_cache;
 pub mod plugins;
 pub mod probe;

@@ -37,7 +37,7 @@ pub struct Segments {
 
 /// A place to return to: see [`Segments::truncate`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Mark {
+pub struct Mark {
     used: usize,
     pieces: usize,
     length: usize,
@@ -122,12 +122,13 @@ impl Segments {
         self.space(bytes.len()).copy_from_slice(bytes);
     }
 
-    pub(crate) fn mark(&self) -> Mark {
+    /// Where [`Segments::truncate`] returns to.
+    pub fn mark(&self) -> Mark {
         Mark { used: self.used, pieces: self.pieces.len(), length: self.length }
     }
 
     /// Forgets all that was appended since `mark`.
-    pub(crate) fn truncate(&mut self, mark: Mark) {
+    pub fn truncate(&mut self, mark: Mark) {
         self.pieces.truncate(mark.pieces);
         // A piece that began before the mark and grew after it is cut back.
         if let Some(Piece::Own(range)) = self.pieces.last_mut() {

@@ -1,9 +1,17 @@
 //! The filters: one file each, and the table of them all.
 
+use std::io;
+use std::ops::Range;
+
+use nbdcaptive_actors::device::{Call, Device, Error, ErrorCode, Result};
+
 use crate::layer::{About, Filter};
 
+pub mod cache;
 pub mod checkwrite;
 pub mod count;
+pub mod cow;
+pub mod ddrescue;
 pub mod delay;
 pub mod error;
 pub mod exitlast;
@@ -11,6 +19,7 @@ pub mod exitwhen;
 pub mod exportname;
 pub mod extentlist;
 pub mod fua;
+pub mod gzip;
 pub mod ip;
 pub(crate) mod kit;
 pub mod limit;
@@ -24,13 +33,19 @@ pub mod openonce;
 pub mod partition;
 pub mod protect;
 pub(crate) mod random;
+pub mod readahead;
 pub mod readonly;
+pub mod retry;
+pub mod retry_request;
 pub mod rotational;
+pub mod scan;
 pub mod stats;
 pub mod swab;
+pub mod tar;
 pub mod time_limit;
 pub mod tls_fallback;
 pub mod truncate;
+pub mod xz;
 
 /// A filter by name.
 #[derive(Debug)]
@@ -43,8 +58,11 @@ pub struct Entry {
 
 /// Every filter, in alphabetical order, as help lists them.
 pub static ALL: &[Entry] = &[
+    Entry { about: &cache::ABOUT, new: || Box::<cache::Cache>::default() },
     Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
     Entry { about: &count::ABOUT, new: || Box::new(count::Count) },
+    Entry { about: &cow::ABOUT, new: || Box::<cow::Cow>::default() },
+    Entry { about: &ddrescue::ABOUT, new: || Box::<ddrescue::Ddrescue>::default() },
     Entry { about: &delay::ABOUT, new: || Box::<delay::Delay>::default() },
     Entry { about: &error::ABOUT, new: || Box::<error::ErrorInject>::default() },
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
@@ -52,6 +70,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &exportname::ABOUT, new: || Box::<exportname::ExportName>::default() },
     Entry { about: &extentlist::ABOUT, new: || Box::<extentlist::ExtentList>::default() },
     Entry { about: &fua::ABOUT, new: || Box::<fua::Fua>::default() },
+    Entry { about: &gzip::ABOUT, new: || Box::new(gzip::Gzip) },
     Entry { about: &ip::ABOUT, new: || Box::<ip::Ip>::default() },
     Entry { about: &limit::ABOUT, new: || Box::<limit::Limit>::default() },
     Entry { about: &log::ABOUT, new: || Box::<log::LogFilter>::default() },
@@ -63,18 +82,78 @@ pub static ALL: &[Entry] = &[
     Entry { about: &openonce::ABOUT, new: || Box::new(openonce::OpenOnce) },
     Entry { about: &partition::ABOUT, new: || Box::<partition::Partition>::default() },
     Entry { about: &protect::ABOUT, new: || Box::<protect::Protect>::default() },
+    Entry { about: &readahead::ABOUT, new: || Box::new(readahead::Readahead) },
     Entry { about: &readonly::ABOUT, new: || Box::<readonly::ReadOnly>::default() },
+    Entry { about: &retry::ABOUT, new: || Box::<retry::Retry>::default() },
+    Entry { about: &retry_request::ABOUT, new: || Box::<retry_request::RetryRequest>::default() },
     Entry { about: &rotational::ABOUT, new: || Box::<rotational::Rotational>::default() },
+    Entry { about: &scan::ABOUT, new: || Box::<scan::Scan>::default() },
     Entry { about: &stats::ABOUT, new: || Box::<stats::Stats>::default() },
     Entry { about: &swab::ABOUT, new: || Box::<swab::Swab>::default() },
+    Entry { about: &tar::ABOUT, new: || Box::<tar::Tar>::default() },
     Entry { about: &time_limit::ABOUT, new: || Box::<time_limit::TimeLimit>::default() },
     Entry { about: &tls_fallback::ABOUT, new: || Box::<tls_fallback::TlsFallback>::default() },
     Entry { about: &truncate::ABOUT, new: || Box::<truncate::Truncate>::default() },
+    Entry { about: &xz::ABOUT, new: || Box::<xz::Xz>::default() },
 ];
 
 /// The filter of that name.
 pub fn find(name: &str) -> Option<&'static Entry> {
     ALL.iter().find(|entry| entry.about.name == name)
+}
+
+/// Asks a device that was just opened what a filter must know of it, and closes it if it does not say.
+pub(crate) fn ask<T>(
+    next: Box<dyn Device>,
+    question: impl FnOnce(&dyn Device) -> Result<T>,
+) -> Result<(Box<dyn Device>, T)> {
+    match question(&*next) {
+        Ok(answer) => Ok((next, answer)),
+        Err(error) => {
+            // What was wrong first is what counts.
+            let _ = next.close();
+            Err(error)
+        }
+    }
+}
+
+/// A range of a device as what programs read that know nothing of devices.
+pub(crate) struct Stream<'a> {
+    device: &'a dyn Device,
+    left: Range<u64>,
+    /// What the device said when it failed.
+    error: Option<Error>,
+}
+
+impl<'a> Stream<'a> {
+    pub(crate) fn new(device: &'a dyn Device, range: Range<u64>) -> Stream<'a> {
+        Stream { device, left: range, error: None }
+    }
+
+    /// What was wrong with reading: what the device said, or else what the reader did.
+    pub(crate) fn error(self, what: &str, error: io::Error) -> Error {
+        self.error.unwrap_or_else(|| Error::failed(ErrorCode::Io, format!("{what}: {error}")))
+    }
+}
+
+impl io::Read for Stream<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = (self.left.end - self.left.start).min(buffer.len() as u64) as usize;
+        if length == 0 {
+            return Ok(0);
+        }
+        match self.device.read(&mut buffer[..length], self.left.start, &Call::BLOCKING) {
+            Ok(()) => {
+                self.left.start += length as u64;
+                Ok(length)
+            }
+            Err(error) => {
+                let told = io::Error::other(error.to_string());
+                self.error = Some(error);
+                Err(told)
+            }
+        }
+    }
 }
 
 #[cfg(test)]

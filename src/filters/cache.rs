@@ -1,0 +1,611 @@
+//! `cache`: keeps data of the next device in a temporary file, by blocks that all clients of an export share.
+//!
+//! | `cache=` | a write | a flush |
+//! |---|---|---|
+//! | `writeback` | stays in the file, except with FUA | writes back all that was written, then flushes the next device |
+//! | `writethrough` | goes to both | flushes the next device |
+//! | `unsafe` | stays in the file | does nothing |
+//!
+//! Where `cache-max-size` is given, blocks go when there are too many, those first that were not used for long. nbdkit throws
+//! them away even where they were not written back yet; here they are written to the next device first, and if that cannot
+//! be done the request fails for which there was no room. nbdkit also has one cache for all exports; here each has its own.
+//! Source: nbdkit filters/cache/cache.c, blk.c, lru.c, reclaim.c, nbdkit-cache-filter.pod.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use nbdcaptive_actors::device::{
+    BlockSize, Call, Capabilities, Client, Device, Error, Exports, Extents, Flags, Result, Segments, Support,
+    ThreadModel,
+};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+
+use crate::block_map::{BlockMap, State};
+use crate::filters::ask;
+use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use crate::overlay::{self, OnRead, Sink, Stripes, Temporary};
+use crate::values;
+
+const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
+    Parameter { key, value, help, required: false }
+}
+
+/// See the module.
+pub static ABOUT: About = About {
+    name: "cache",
+    summary: "keep data in a temporary file, so that the plugin is asked less",
+    parameters: &[
+        parameter("cache", "writeback|writethrough|unsafe", "when writes go to the plugin, at a flush unless given"),
+        parameter("cache-min-block-size", "<SIZE>", "what is cached at a time, at least, 64K"),
+        parameter("cache-max-size", "<SIZE>", "the space that the cache may take"),
+        parameter("cache-high-threshold", "<PERCENT>", "how full it gets before something is thrown out, 95"),
+        parameter("cache-low-threshold", "<PERCENT>", "how full it is after that, 80"),
+        parameter("cache-on-read", "<BOOL>|/PATH", "cache what is read; with a path, as long as that exists"),
+    ],
+    magic_key: None,
+    thread_model: ThreadModel::Parallel,
+    dump: &[],
+};
+
+const NOT_CACHED: State = 0;
+const CLEAN: State = 1;
+const DIRTY: State = 3;
+
+/// The longest piece of a block that is in memory at once, in bytes.
+const PIECE: u64 = 1 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Writeback,
+    Writethrough,
+    Unsafe,
+}
+
+/// The filter.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    mode: Mode,
+    block_size: u64,
+    max_size: Option<u64>,
+    high: u32,
+    low: u32,
+    on_read: OnRead,
+    directory: PathBuf,
+}
+
+impl Default for Cache {
+    fn default() -> Cache {
+        Cache {
+            mode: Mode::Writeback,
+            block_size: 65536,
+            max_size: None,
+            high: 95,
+            low: 80,
+            on_read: OnRead::No,
+            directory: PathBuf::new(),
+        }
+    }
+}
+
+fn error<T>(line: impl Into<String>) -> std::result::Result<T, ConfigError> {
+    Err(ConfigError(line.into()))
+}
+
+impl Filter for Cache {
+    fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
+        let size = || values::size(value.text(key)?).map_err(ConfigError);
+        let percent = || match values::unsigned(key, value.text(key)?).map_err(ConfigError)? {
+            0 => error(format!("{key} must be greater than zero")),
+            percent => Ok(percent),
+        };
+        match key {
+            "cache" => {
+                self.mode = match value.bytes() {
+                    b"writeback" => Mode::Writeback,
+                    b"writethrough" => Mode::Writethrough,
+                    b"unsafe" => Mode::Unsafe,
+                    _ => return error("invalid cache parameter, should be writeback|writethrough|unsafe"),
+                }
+            }
+            "cache-min-block-size" => {
+                self.block_size = size()?;
+                if !(4096..=u64::from(u32::MAX)).contains(&self.block_size) || !self.block_size.is_power_of_two() {
+                    return error("cache-min-block-size is not a power of 2, or is too small or too large");
+                }
+            }
+            "cache-max-size" => {
+                let size = size()?;
+                if size < 1 << 20 {
+                    return error("cache-max-size is too small");
+                }
+                self.max_size = Some(size);
+            }
+            "cache-high-threshold" => self.high = percent()?,
+            "cache-low-threshold" => self.low = percent()?,
+            "cache-on-read" => self.on_read = OnRead::parse(key, value)?,
+            _ => return error(format!("unknown parameter '{key}'")),
+        }
+        Ok(())
+    }
+
+    fn config_complete(&mut self) -> std::result::Result<(), ConfigError> {
+        if self.max_size.is_some() && self.low >= self.high {
+            return error("cache-low-threshold must be less than cache-high-threshold");
+        }
+        Ok(())
+    }
+
+    fn ready(
+        mut self: Box<Self>,
+        next: Arc<dyn Exports>,
+        _lifetime: &mut Lifetime,
+    ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        self.directory = overlay::directory()?;
+        // Smaller blocks could not be given back to the file system.
+        if let Ok(system) = rustix::fs::statvfs(&self.directory)
+            && (self.block_size..=u64::from(u32::MAX)).contains(&system.f_bsize)
+            && system.f_bsize.is_power_of_two()
+        {
+            self.block_size = system.f_bsize;
+        }
+        Ok(Arc::new(FilteredExports(Caches { next, settings: Arc::new(*self), stores: Mutex::default() })))
+    }
+}
+
+struct Caches {
+    next: Arc<dyn Exports>,
+    settings: Arc<Cache>,
+    /// By export name.
+    stores: Mutex<HashMap<Vec<u8>, Arc<Store>>>,
+}
+
+impl FilterExports for Caches {
+    fn next(&self) -> &dyn Exports {
+        &*self.next
+    }
+
+    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
+        let next = self.next.open(client)?;
+        let (next, (size, capabilities)) = ask(next, |next| Ok((next.size()?, next.capabilities()?)))?;
+        let store = {
+            let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+            // Any client can ask for any name: what holds nothing is not kept.
+            stores.retain(|_, store| Arc::strong_count(store) > 1 || store.file.get().is_some());
+            Arc::clone(stores.entry(client.export_name.clone()).or_default())
+        };
+        let settings = Arc::clone(&self.settings);
+        Ok(Box::new(Filtered(CacheDevice { next, settings, store, size, capabilities })))
+    }
+}
+
+/// What is cached of one export.
+#[derive(Default)]
+struct Store {
+    index: Mutex<Index>,
+    /// Held by who changes a block, here or in the next device.
+    stripes: Stripes,
+    /// Made when it is first needed.
+    file: OnceLock<Temporary>,
+    making: Mutex<()>,
+}
+
+/// Which blocks there are.
+#[derive(Default)]
+struct Index {
+    map: BlockMap,
+    /// How many blocks are cached.
+    count: u64,
+    /// Blocks used lately: those of this turn and those of the one before.
+    recent: [BlockMap; 2],
+    /// How many of this turn.
+    recent_count: u64,
+    /// Between the high threshold and the low one.
+    reclaiming: bool,
+    /// Where the next block is looked for that goes.
+    hand: u64,
+}
+
+impl Index {
+    fn set(&mut self, block: u64, state: State) {
+        let (before, after) = (self.map.get(block) != NOT_CACHED, state != NOT_CACHED);
+        self.count = self.count - u64::from(before) + u64::from(after);
+        self.map.set(block..block + 1, state);
+    }
+
+    /// Notes that a block was used; `turn` different ones later that is forgotten by half.
+    fn used(&mut self, block: u64, turn: u64) {
+        if self.recent[0].get(block) == 0 {
+            self.recent[0].set(block..block + 1, 1);
+            self.recent_count += 1;
+            if self.recent_count >= turn {
+                self.recent.swap(0, 1);
+                self.recent[0] = BlockMap::default();
+                self.recent_count = 0;
+            }
+        }
+    }
+
+    fn is_recent(&self, block: u64) -> bool {
+        self.recent.iter().any(|turn| turn.get(block) != 0)
+    }
+
+    /// The next cached block to go: one that was not used lately, or else any.
+    fn victim(&mut self) -> Option<u64> {
+        let cached = |from: u64| self.map.find(from, |state| state != NOT_CACHED);
+        let first = cached(self.hand).or_else(|| cached(0))?;
+        let mut block = first;
+        // More than this and looking costs more than reading a block again.
+        for _ in 0..1024 {
+            if !self.is_recent(block) {
+                self.hand = block + 1;
+                return Some(block);
+            }
+            block = cached(block + 1).or_else(|| cached(0))?;
+            if block == first {
+                break;
+            }
+        }
+        self.hand = block + 1;
+        Some(block)
+    }
+}
+
+/// One client's device.
+struct CacheDevice {
+    next: Box<dyn Device>,
+    settings: Arc<Cache>,
+    store: Arc<Store>,
+    size: u64,
+    /// The next device's.
+    capabilities: Capabilities,
+}
+
+impl CacheDevice {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.store.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn file(&self) -> Result<&Temporary> {
+        if let Some(file) = self.store.file.get() {
+            return Ok(file);
+        }
+        let _making = self.store.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = self.store.file.get() {
+            return Ok(file);
+        }
+        let file = Temporary::new(&self.settings.directory)?;
+        Ok(self.store.file.get_or_init(|| file))
+    }
+
+    /// The bytes of a block.
+    fn bytes(&self, block: u64) -> Range<u64> {
+        let size = self.settings.block_size;
+        block * size..(block + 1).saturating_mul(size).min(self.size)
+    }
+
+    /// The blocks that a range touches, each with the part of it that is in the range.
+    fn parts(&self, bytes: Range<u64>) -> impl Iterator<Item = (u64, Range<u64>)> + '_ {
+        let size = self.settings.block_size;
+        (bytes.start / size..bytes.end.div_ceil(size)).map(move |block| {
+            let all = self.bytes(block);
+            (block, all.start.max(bytes.start)..all.end.min(bytes.end))
+        })
+    }
+
+    /// A quarter of the blocks that there may be are remembered as used lately, in two turns.
+    fn turn(&self) -> u64 {
+        (self.settings.max_size.unwrap_or(self.size) / self.settings.block_size / 4).max(100) / 2
+    }
+
+    fn used(&self, block: u64) {
+        if self.settings.max_size.is_some() {
+            let turn = self.turn();
+            self.index().used(block, turn);
+        }
+    }
+
+    /// Puts a block into a state. Called with its lock.
+    fn set(&self, block: u64, state: State) {
+        self.index().set(block, state);
+        self.used(block);
+    }
+
+    /// What bytes `at` and following are, cached or not, up to where that changes or `end`.
+    fn run(&self, at: u64, end: u64) -> (bool, u64) {
+        let size = self.settings.block_size;
+        let index = self.index();
+        let cached = index.map.get(at / size) != NOT_CACHED;
+        let other = index.map.find(at / size, |state| (state != NOT_CACHED) != cached);
+        (cached, other.map_or(end, |other| other.saturating_mul(size).min(end)))
+    }
+
+    /// Makes room for one more block, if there may not be any number of them. Two go where one comes. Called without a lock.
+    fn make_room(&self, call: &Call) -> Result<()> {
+        let Some(max_size) = self.settings.max_size else { return Ok(()) };
+        let percent = |percent: u32| (u128::from(max_size) * u128::from(percent) / 100) as u64;
+        for _ in 0..2 {
+            let victim = {
+                let mut index = self.index();
+                let full = index.count.saturating_mul(self.settings.block_size);
+                index.reclaiming =
+                    full >= percent(if index.reclaiming { self.settings.low } else { self.settings.high });
+                if !index.reclaiming {
+                    return Ok(());
+                }
+                index.victim()
+            };
+            let Some(block) = victim else { return Ok(()) };
+            let _lock = self.store.stripes.of(block);
+            self.write_back(block, Flags::default(), call)?;
+            self.index().set(block, NOT_CACHED);
+            let bytes = self.bytes(block);
+            self.file()?.punch(bytes.start, self.settings.block_size)?;
+        }
+        Ok(())
+    }
+
+    fn read_into(&self, mut sink: Sink<'_>, bytes: Range<u64>, call: &Call) -> Result<()> {
+        let mut at = bytes.start;
+        while at < bytes.end {
+            let (cached, run) = self.run(at, bytes.end);
+            if !cached && !self.settings.on_read.is_on() {
+                // Whether a block comes into the cache meanwhile does not matter: who wrote it has no answer yet.
+                sink.read(&*self.next, (run - at) as usize, at, call)?;
+                at = run;
+                continue;
+            }
+            for (block, part) in self.parts(at..run) {
+                // Without room for it, what is read is just not kept.
+                let keep = !cached && self.make_room(call).is_ok();
+                let lock = self.store.stripes.of(block);
+                let mut is_here = self.index().map.get(block) != NOT_CACHED;
+                if !is_here && keep && self.copy_in(self.bytes(block), call).is_ok() {
+                    self.index().set(block, CLEAN);
+                    is_here = true;
+                }
+                let length = (part.end - part.start) as usize;
+                if is_here {
+                    self.file()?.read(sink.space(length), part.start)?;
+                    self.used(block);
+                } else {
+                    drop(lock);
+                    sink.read(&*self.next, length, part.start, call)?;
+                }
+            }
+            at = run;
+        }
+        Ok(())
+    }
+
+    /// Copies a block from the next device into the file. Called with the block's lock.
+    fn copy_in(&self, bytes: Range<u64>, call: &Call) -> Result<()> {
+        let file = self.file()?;
+        self.pieces(bytes, |buffer, at| {
+            self.next.read(buffer, at, call)?;
+            file.write(buffer, at)
+        })
+    }
+
+    /// Copies a range from the file into the next device. Called with the block's lock.
+    fn copy_out(&self, bytes: Range<u64>, flags: Flags, call: &Call) -> Result<()> {
+        let file = self.file()?;
+        self.pieces(bytes, |buffer, at| {
+            file.read(buffer, at)?;
+            self.next.write(buffer, at, flags, call)
+        })
+    }
+
+    fn pieces(&self, bytes: Range<u64>, mut each: impl FnMut(&mut [u8], u64) -> Result<()>) -> Result<()> {
+        let mut buffer = vec![0; (bytes.end - bytes.start).min(PIECE) as usize];
+        let mut at = bytes.start;
+        while at < bytes.end {
+            let length = (bytes.end - at).min(PIECE);
+            each(&mut buffer[..length as usize], at)?;
+            at += length;
+        }
+        Ok(())
+    }
+
+    /// Writes a block to the next device, if that has not got it. Called with its lock.
+    fn write_back(&self, block: u64, flags: Flags, call: &Call) -> Result<()> {
+        if self.index().map.get(block) == DIRTY {
+            self.copy_out(self.bytes(block), flags, call)?;
+            self.index().set(block, CLEAN);
+        }
+        Ok(())
+    }
+
+    /// Writes all to the next device that it has not got. Goes on after an error, and returns the first.
+    fn write_all_back(&self, call: &Call) -> Result<()> {
+        let mut result = Ok(());
+        let mut from = 0;
+        loop {
+            let dirty = self.index().map.find(from, |state| state == DIRTY);
+            let Some(block) = dirty else { return result };
+            let _lock = self.store.stripes.of(block);
+            if let Err(error) = self.write_back(block, Flags::default(), call)
+                && result.is_ok()
+            {
+                let why = format!("cache: flush of block {block} failed: {error}");
+                result = Err(Error::Failed { code: error.code(), why: why.into() });
+            }
+            from = block + 1;
+        }
+    }
+
+    /// Changes a part of a block by `write`, in the file and where that is wanted in the next device.
+    fn change(
+        &self,
+        block: u64,
+        part: Range<u64>,
+        fua: bool,
+        call: &Call,
+        write: impl Fn(&Temporary) -> Result<()>,
+    ) -> Result<()> {
+        self.make_room(call)?;
+        let _lock = self.store.stripes.of(block);
+        let state = self.index().map.get(block);
+        let all = self.bytes(block);
+        if state == NOT_CACHED && part != all {
+            self.copy_in(all, call)?;
+        }
+        if let Err(error) = write(self.file()?) {
+            // Half of it may be there, which the next device does not have.
+            if state == CLEAN {
+                self.index().set(block, NOT_CACHED);
+            }
+            return Err(error);
+        }
+        let through = match self.settings.mode {
+            Mode::Writethrough => true,
+            Mode::Writeback => fua,
+            Mode::Unsafe => false,
+        };
+        if !through {
+            self.set(block, DIRTY);
+            return Ok(());
+        }
+        // What the next device does not have yet of this block must be as safe as what is written now.
+        let out = if state == DIRTY { self.bytes(block) } else { part };
+        let done = self.copy_out(out, Flags { fua, ..Flags::default() }, call);
+        // If it failed nobody knows what is there now: it has to be written again, or read again.
+        let after = match (&done, state, self.settings.mode) {
+            (Ok(()), ..) => CLEAN,
+            (Err(_), _, Mode::Writeback) | (Err(_), DIRTY, _) => DIRTY,
+            (Err(_), ..) => NOT_CACHED,
+        };
+        self.set(block, after);
+        done
+    }
+}
+
+impl filter::Filter for CacheDevice {
+    fn next(&self) -> &dyn Device {
+        &*self.next
+    }
+
+    fn size(&self) -> Result<u64> {
+        Ok(self.size)
+    }
+
+    fn capabilities(&self) -> Result<Capabilities> {
+        let next = self.capabilities;
+        let is_unsafe = self.settings.mode == Mode::Unsafe;
+        // A power of two below 2^32.
+        let block = self.settings.block_size as u32;
+        let block_size = match next.block_size {
+            None => BlockSize { minimum: 1, preferred: block, maximum: u32::MAX },
+            Some(size) if size.maximum >= block => BlockSize { preferred: size.preferred.max(block), ..size },
+            Some(size) => size,
+        };
+        Ok(Capabilities {
+            flush: is_unsafe || next.flush,
+            zero: if next.zero == Support::None { Support::None } else { Support::Native },
+            fast_zero: true,
+            fua: if is_unsafe { Support::Native } else { next.fua },
+            multi_conn: self.settings.mode != Mode::Writethrough || next.multi_conn,
+            cache: Support::Native,
+            takes_blocks: false,
+            block_size: Some(block_size),
+            ..next
+        })
+    }
+
+    fn answers_at_once(&self) -> bool {
+        false
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
+        let end = offset + buffer.len() as u64;
+        self.read_into(Sink::Buffer(buffer), offset..end, call)
+    }
+
+    fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> Result<()> {
+        self.read_into(Sink::Reply(reply), offset..offset + length as u64, call)
+    }
+
+    fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        for (block, part) in self.parts(offset..offset + data.len() as u64) {
+            let data = &data[(part.start - offset) as usize..(part.end - offset) as usize];
+            self.change(block, part.clone(), flags.fua, call, |file| file.write(data, part.start))?;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        if flags.fast {
+            return Err(Error::not_supported("cache: zeroes may be no faster than a write"));
+        }
+        for (block, part) in self.parts(offset..offset + length) {
+            let write = |file: &Temporary| file.zero(part.start, part.end - part.start);
+            self.change(block, part.clone(), flags.fua, call, write)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self, call: &Call) -> Result<()> {
+        if self.settings.mode == Mode::Unsafe {
+            return Ok(());
+        }
+        let written = self.write_all_back(call);
+        let flushed = self.next.flush(call);
+        written.and(flushed)
+    }
+
+    fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
+        for (block, part) in self.parts(offset..offset + length) {
+            self.make_room(call)?;
+            let _lock = self.store.stripes.of(block);
+            if self.index().map.get(block) == NOT_CACHED {
+                self.copy_in(self.bytes(block), call)?;
+                self.set(block, CLEAN);
+            } else {
+                self.file()?.will_need(part.start, part.end - part.start);
+                self.used(block);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next device's, but what it has not got yet is data.
+    fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
+        let size = self.settings.block_size;
+        let end = extents.offset() + extents.length();
+        let mut at = extents.offset();
+        while at < end {
+            let (dirty, run) = {
+                let index = self.index();
+                let dirty = index.map.get(at / size) == DIRTY;
+                let other = index.map.find(at / size, |state| (state == DIRTY) != dirty);
+                (dirty, other.map_or(end, |other| other.saturating_mul(size).min(end)))
+            };
+            let more = if dirty {
+                extents.add(at, run - at, 0)
+            } else {
+                let mut part = Extents::new(at, run - at, extents.one());
+                self.next.extents(&mut part, call)?;
+                let mut from = at;
+                part.list().iter().all(|extent| {
+                    let start = from;
+                    from += extent.length;
+                    extents.add(start, extent.length, extent.flags)
+                }) && from == run
+            };
+            if !more {
+                break;
+            }
+            at = run;
+        }
+        Ok(())
+    }
+
+    /// Clients of a next device that cannot be flushed are not asked to flush, and what they wrote is not lost all the same.
+    fn close(&self) -> Result<()> {
+        if self.settings.mode == Mode::Writeback && !self.capabilities.flush && self.capabilities.write {
+            return self.write_all_back(&Call::BLOCKING);
+        }
+        Ok(())
+    }
+}

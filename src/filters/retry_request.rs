@@ -1,0 +1,197 @@
+//! `retry-request`: when a request fails, waits and makes it again, on the same device.
+//! Source: nbdkit filters/retry-request/retry-request.c, nbdkit-retry-request-filter.pod.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbdcaptive_actors::device::{
+    Blocks, Call, Capabilities, Client, Device, ErrorCode, Exports, Extents, Flags, Result, Segments, ThreadModel,
+};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+
+use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use crate::values;
+
+const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
+    Parameter { key, value, help, required: false }
+}
+
+/// See the module.
+pub static ABOUT: About = About {
+    name: "retry-request",
+    summary: "repeat requests that fail",
+    parameters: &[
+        parameter("retry-request-retries", "<N>", "how often, twice unless given"),
+        parameter("retry-request-delay", "<TIME>", "how long to wait before each time, 2 seconds unless given"),
+        parameter("retry-request-open", "<BOOL>", "also when the plugin cannot be opened, which is the default"),
+    ],
+    magic_key: None,
+    thread_model: ThreadModel::Parallel,
+    dump: &[],
+};
+
+/// The most times that a request may be repeated.
+const MAX_RETRIES: u32 = 1000;
+
+/// The filter.
+#[derive(Clone, Debug)]
+pub struct RetryRequest {
+    retries: u32,
+    delay: Duration,
+    open: bool,
+    sleep: fn(Duration),
+}
+
+impl Default for RetryRequest {
+    fn default() -> RetryRequest {
+        RetryRequest { retries: 2, delay: Duration::from_secs(2), open: true, sleep: std::thread::sleep }
+    }
+}
+
+impl Filter for RetryRequest {
+    fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
+        let text = value.text(key)?;
+        match key {
+            "retry-request-retries" => {
+                self.retries = values::unsigned(key, text).map_err(ConfigError)?;
+                if self.retries > MAX_RETRIES {
+                    return Err(ConfigError("retry-request-retries: value too large".to_owned()));
+                }
+            }
+            "retry-request-delay" => {
+                self.delay = values::delay(key, text).map_err(ConfigError)?;
+                if self.delay.is_zero() {
+                    return Err(ConfigError("retry-request-delay cannot be 0".to_owned()));
+                }
+            }
+            "retry-request-open" => self.open = values::boolean(text).map_err(ConfigError)?,
+            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+        }
+        Ok(())
+    }
+
+    fn ready(
+        self: Box<Self>,
+        next: Arc<dyn Exports>,
+        _lifetime: &mut Lifetime,
+    ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        Ok(Arc::new(FilteredExports(Retries { next, settings: *self })))
+    }
+}
+
+impl RetryRequest {
+    fn retry<T>(&self, mut what: impl FnMut() -> Result<T>) -> Result<T> {
+        let mut tries = 0;
+        loop {
+            match what() {
+                Err(_) if tries < self.retries => {
+                    tries += 1;
+                    (self.sleep)(self.delay);
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+struct Retries {
+    next: Arc<dyn Exports>,
+    settings: RetryRequest,
+}
+
+impl FilterExports for Retries {
+    fn next(&self) -> &dyn Exports {
+        &*self.next
+    }
+
+    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
+        let open = || self.next.open(client);
+        let next = if self.settings.open { self.settings.retry(open) } else { open() }?;
+        Ok(Box::new(Filtered(RetryDevice { next, settings: self.settings.clone() })))
+    }
+}
+
+/// One client's device.
+struct RetryDevice {
+    next: Box<dyn Device>,
+    settings: RetryRequest,
+}
+
+impl RetryDevice {
+    fn retry_extents(&self, extents: &mut Extents, what: impl Fn(&mut Extents) -> Result<()>) -> Result<()> {
+        *extents = self.settings.retry(|| {
+            // What a failed attempt has described is forgotten.
+            let mut fresh = Extents::new(extents.offset(), extents.length(), extents.one());
+            what(&mut fresh)?;
+            Ok(fresh)
+        })?;
+        Ok(())
+    }
+}
+
+impl filter::Filter for RetryDevice {
+    fn next(&self) -> &dyn Device {
+        &*self.next
+    }
+
+    fn size(&self) -> Result<u64> {
+        self.settings.retry(|| self.next.size())
+    }
+
+    fn capabilities(&self) -> Result<Capabilities> {
+        // Blocks that a failed write has taken are gone.
+        Ok(Capabilities { takes_blocks: false, ..self.next.capabilities()? })
+    }
+
+    fn answers_at_once(&self) -> bool {
+        false
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
+        self.settings.retry(|| self.next.read(buffer, offset, call))
+    }
+
+    fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> Result<()> {
+        let start = reply.mark();
+        self.settings.retry(|| {
+            reply.truncate(start);
+            self.next.read_segments(reply, length, offset, call)
+        })
+    }
+
+    fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.settings.retry(|| self.next.write(data, offset, flags, call))
+    }
+
+    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.write(&data.to_vec(), offset, flags, call)
+    }
+
+    fn flush(&self, call: &Call) -> Result<()> {
+        self.settings.retry(|| self.next.flush(call))
+    }
+
+    fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.settings.retry(|| self.next.trim(length, offset, flags, call))
+    }
+
+    fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        // That zeroes have to be written is an answer, and no failure.
+        self.settings.retry(|| match self.next.zero(length, offset, flags, call) {
+            Err(error) if error.code() == ErrorCode::NotSupported => Ok(Err(error)),
+            done => done.map(Ok),
+        })?
+    }
+
+    fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
+        self.settings.retry(|| self.next.cache(length, offset, call))
+    }
+
+    fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
+        self.retry_extents(extents, |extents| self.next.extents(extents, call))
+    }
+
+    fn meta_context(&self, context: usize, extents: &mut Extents, call: &Call) -> Result<()> {
+        self.retry_extents(extents, |extents| self.next.meta_context(context, extents, call))
+    }
+}

@@ -1,0 +1,305 @@
+//! `tar`: serves one file of a tar archive where it lies, to read and to write, without unpacking anything.
+//!
+//! The entry is looked for when a client comes, header by header; what lies between headers is not read. nbdkit runs tar(1)
+//! for that, which `tar=` names; here nothing is run. An entry that does not lie there as it is (a sparse file, a link, a
+//! directory) is refused, and so is a compressed archive: `--filter=gzip` or `xz` behind this one unpacks it.
+//! Source: nbdkit filters/tar/tar.c, nbdkit-tar-filter.pod; GNU tar manual, "Basic Tar Format"; POSIX pax.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nbdcaptive_actors::device::{
+    Blocks, Call, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments, ThreadModel,
+};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use tar::{EntryType, Header, PaxExtensions};
+
+use crate::filters::ask;
+use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use crate::values;
+
+/// See the module.
+pub static ABOUT: About = About {
+    name: "tar",
+    summary: "one file inside a tar archive",
+    parameters: &[
+        Parameter { key: "tar-entry", value: "<FILENAME>", help: "its name, as tar lists it", required: true },
+        Parameter {
+            key: "tar-limit",
+            value: "<SIZE>",
+            help: "look no further for it; 0, the default, is no limit",
+            required: false,
+        },
+        Parameter { key: "tar", value: "<PATH>", help: "for nbdkit's command lines; no tar is run", required: false },
+    ],
+    magic_key: None,
+    thread_model: ThreadModel::Parallel,
+    dump: &[],
+};
+
+/// What tar counts in, in bytes.
+const BLOCK: u64 = 512;
+/// What is read at once while looking, in bytes. No device has a larger minimum block size.
+const WINDOW: u64 = 64 * 1024;
+/// The longest name or extended header that is looked at, in bytes.
+const LONGEST: u64 = 1 << 20;
+
+/// The filter.
+#[derive(Clone, Debug, Default)]
+pub struct Tar {
+    entry: Option<Vec<u8>>,
+    limit: u64,
+}
+
+impl Filter for Tar {
+    fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
+        match key {
+            "tar-entry" if self.entry.is_some() => {
+                return Err(ConfigError("only one tar-entry parameter can be given".to_owned()));
+            }
+            "tar-entry" => self.entry = Some(value.bytes().to_vec()),
+            "tar-limit" => self.limit = values::size(value.text(key)?).map_err(ConfigError)?,
+            "tar" => {}
+            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+        }
+        Ok(())
+    }
+
+    fn config_complete(&mut self) -> std::result::Result<(), ConfigError> {
+        match self.entry {
+            None => Err(ConfigError("you must supply the tar-entry=<FILENAME> parameter".to_owned())),
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn ready(
+        self: Box<Self>,
+        next: Arc<dyn Exports>,
+        _lifetime: &mut Lifetime,
+    ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        let entry = self.entry.unwrap_or_default();
+        Ok(Arc::new(FilteredExports(Archives { next, entry, limit: self.limit, found: Mutex::default() })))
+    }
+}
+
+struct Archives {
+    next: Arc<dyn Exports>,
+    entry: Vec<u8>,
+    limit: u64,
+    /// Of the export that was looked through last.
+    found: Mutex<Option<(Vec<u8>, Place)>>,
+}
+
+/// Where the entry's data lies, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    offset: u64,
+    size: u64,
+}
+
+impl FilterExports for Archives {
+    fn next(&self) -> &dyn Exports {
+        &*self.next
+    }
+
+    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
+        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = known.filter(|(export, _)| *export == client.export_name);
+        let (next, place) = ask(self.next.open(client)?, |next| {
+            let size = next.size()?;
+            let place = match known {
+                Some((_, place)) => place,
+                None => {
+                    let limit = if self.limit > 0 { size.min(self.limit) } else { size };
+                    let mut window = Window { device: next, size, start: 0, data: Vec::new() };
+                    find(&self.entry, limit, |at, length| window.read(at, length))?
+                }
+            };
+            if place.offset.checked_add(place.size).is_none_or(|end| end > size) {
+                return Err(failed(format!("{}: the archive ends inside of it", self.entry.escape_ascii())));
+            }
+            Ok(place)
+        })?;
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some((client.export_name.clone(), place));
+        Ok(Box::new(Filtered(Entry { next, place })))
+    }
+
+    fn description(&self, client: &Client) -> Option<String> {
+        let base = self.next.description(client)?;
+        Some(format!("embedded {} from within tar file: {base}", String::from_utf8_lossy(&self.entry)))
+    }
+}
+
+fn failed(why: impl std::fmt::Display) -> Error {
+    Error::failed(ErrorCode::Io, format!("tar: {why}"))
+}
+
+/// The part of the archive that was read last: headers of small entries lie close together.
+struct Window<'a> {
+    device: &'a dyn Device,
+    size: u64,
+    start: u64,
+    data: Vec<u8>,
+}
+
+impl Window<'_> {
+    fn read(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
+        let mut all = Vec::with_capacity(length);
+        while all.len() < length {
+            let from = at + all.len() as u64;
+            if !(self.start..self.start + self.data.len() as u64).contains(&from) {
+                self.start = from - from % WINDOW;
+                self.data.resize(self.size.saturating_sub(self.start).min(WINDOW) as usize, 0);
+                if from >= self.start + self.data.len() as u64 {
+                    return Err(failed("the archive ends inside a header"));
+                }
+                self.device.read(&mut self.data, self.start, &Call::BLOCKING)?;
+            }
+            let part = &self.data[(from - self.start) as usize..];
+            all.extend_from_slice(&part[..part.len().min(length - all.len())]);
+        }
+        Ok(all)
+    }
+}
+
+/// Looks for the entry among the headers below `limit`. `read` gives bytes of the archive.
+fn find(entry: &[u8], limit: u64, mut read: impl FnMut(u64, usize) -> Result<Vec<u8>>) -> Result<Place> {
+    let shown = entry.escape_ascii();
+    let mut at = 0;
+    // What extended headers say of the next entry.
+    let mut name: Option<Vec<u8>> = None;
+    let mut size: Option<u64> = None;
+    let mut sparse = false;
+    while at + BLOCK <= limit {
+        let block = read(at, BLOCK as usize)?;
+        if block.iter().all(|byte| *byte == 0) {
+            break;
+        }
+        let header = Header::from_byte_slice(&block);
+        if header.cksum().ok() != Some(checksum(&block)) {
+            let what = if at == 0 { "this is no uncompressed tar archive" } else { "the archive is damaged" };
+            return Err(failed(format!("{what}: no header at {at}")));
+        }
+        let kind = header.entry_type();
+        let own = |error| failed(format!("header at {at}: {error}"));
+        // Links have no data, whatever their header says.
+        let length = if kind == EntryType::Link { 0 } else { header.entry_size().map_err(own)? };
+        let mut data = at + BLOCK;
+        let is_extension = kind.is_gnu_longname() || kind.is_pax_local_extensions();
+        if is_extension {
+            if length > LONGEST {
+                return Err(failed(format!("header at {at}: {length} bytes are too long for a name")));
+            }
+            let content = read(data, length as usize)?;
+            if kind.is_gnu_longname() {
+                name = Some(content.split(|byte| *byte == 0).next().unwrap_or_default().to_vec());
+            } else {
+                for extension in PaxExtensions::new(&content).flatten() {
+                    match extension.key_bytes() {
+                        b"path" if name.is_none() || !sparse => name = Some(extension.value_bytes().to_vec()),
+                        b"GNU.sparse.name" => name = Some(extension.value_bytes().to_vec()),
+                        b"size" => size = extension.value().ok().and_then(|value| value.parse().ok()),
+                        _ => {}
+                    }
+                    sparse |= extension.key_bytes().starts_with(b"GNU.sparse.");
+                }
+            }
+        }
+        let length = if is_extension { length } else { size.take().unwrap_or(length) };
+        if kind.is_gnu_sparse() {
+            sparse = true;
+            let mut more = header.as_gnu().is_some_and(|header| header.is_extended());
+            while more {
+                // The last byte but seven says whether another follows.
+                more = read(data, BLOCK as usize)?[504] == 1;
+                data += BLOCK;
+            }
+        }
+        let is_entry = !(is_extension || kind.is_pax_global_extensions() || kind.is_gnu_longlink());
+        if is_entry {
+            let this = name.take().unwrap_or_else(|| header.path_bytes().into_owned());
+            let is_sparse = std::mem::take(&mut sparse);
+            if this == entry {
+                return match kind {
+                    _ if is_sparse => Err(failed(format!("{shown} is a sparse file, which cannot be served in place"))),
+                    EntryType::Regular | EntryType::Continuous => Ok(Place { offset: data, size: length }),
+                    _ => Err(failed(format!("{shown} is not a regular file"))),
+                };
+            }
+        }
+        let end = length.checked_next_multiple_of(BLOCK).and_then(|length| data.checked_add(length));
+        at = end.ok_or_else(|| failed(format!("header at {at}: the size is too large")))?;
+    }
+    Err(failed(format!("{shown} was not found, check that the file really exists in the tarball")))
+}
+
+/// The sum of all bytes of a header, with spaces where it stands itself.
+fn checksum(block: &[u8]) -> u32 {
+    let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    sum(&block[..148]) + 8 * u32::from(b' ') + sum(&block[156..])
+}
+
+/// One client's device.
+struct Entry {
+    next: Box<dyn Device>,
+    place: Place,
+}
+
+impl filter::Filter for Entry {
+    fn next(&self) -> &dyn Device {
+        &*self.next
+    }
+
+    fn size(&self) -> Result<u64> {
+        Ok(self.place.size)
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
+        self.next.read(buffer, self.place.offset + offset, call)
+    }
+
+    fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> Result<()> {
+        self.next.read_segments(reply, length, self.place.offset + offset, call)
+    }
+
+    fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.next.write(data, self.place.offset + offset, flags, call)
+    }
+
+    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.next.write_blocks(data, self.place.offset + offset, flags, call)
+    }
+
+    fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.next.trim(length, self.place.offset + offset, flags, call)
+    }
+
+    fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        self.next.zero(length, self.place.offset + offset, flags, call)
+    }
+
+    fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
+        self.next.cache(length, self.place.offset + offset, call)
+    }
+
+    fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
+        self.shifted(extents, |extents| self.next.extents(extents, call))
+    }
+
+    fn meta_context(&self, context: usize, extents: &mut Extents, call: &Call) -> Result<()> {
+        self.shifted(extents, |extents| self.next.meta_context(context, extents, call))
+    }
+}
+
+impl Entry {
+    /// Asks for the map of the range where it lies in the archive.
+    fn shifted(&self, extents: &mut Extents, ask: impl FnOnce(&mut Extents) -> Result<()>) -> Result<()> {
+        let mut there = Extents::new(self.place.offset + extents.offset(), extents.length(), extents.one());
+        ask(&mut there)?;
+        let mut at = extents.offset();
+        for extent in there.list() {
+            extents.add(at, extent.length, extent.flags);
+            at += extent.length;
+        }
+        Ok(())
+    }
+}
