@@ -609,3 +609,190 @@ impl filter::Filter for CacheDevice {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filters::testing::{Script, Scripted, before};
+    use crate::plugins::testing::Random;
+
+    const CALL: &Call = &Call::BLOCKING;
+
+    fn open(script: &Arc<Script>, parameters: &[(&str, &str)]) -> Box<dyn Device> {
+        let next = Arc::new(Scripted(Arc::clone(script)));
+        before(next, "cache", parameters).unwrap().open(&Client::default()).unwrap()
+    }
+
+    fn write(device: &dyn Device, data: &[u8], offset: u64) -> Result<()> {
+        device.write(data, offset, Flags::default(), CALL)
+    }
+
+    #[test]
+    fn clients_see_one_disk_and_the_plugin_has_it_after_a_flush() {
+        let mut random = Random(23);
+        for mode in ["writeback", "writethrough", "unsafe"] {
+            for on_read in ["false", "true"] {
+                for max_size in [None, Some(("cache-max-size", "1M"))] {
+                    let size = 3_000_000 + random.below(10_000) as usize;
+                    let mut model = random.bytes(size);
+                    let script = Script::new(model.clone());
+                    let mut parameters = vec![("cache", mode), ("cache-on-read", on_read)];
+                    parameters.extend(max_size);
+                    let device = open(&script, &parameters);
+                    for _ in 0..300 {
+                        let range = random.range(size as u64);
+                        let range = range.start..range.end.min(range.start + 300_000);
+                        let (offset, length) = (range.start, range.end - range.start);
+                        let inside = range.start as usize..range.end as usize;
+                        match random.below(5) {
+                            0 => {
+                                let data = random.bytes(length as usize);
+                                let fua = random.below(2) == 1;
+                                device.write(&data, offset, Flags { fua, ..Flags::default() }, CALL).unwrap();
+                                model[inside].copy_from_slice(&data);
+                            }
+                            1 => {
+                                device.zero(length, offset, Flags::default(), CALL).unwrap();
+                                model[inside].fill(0);
+                            }
+                            2 => device.cache(length, offset, CALL).unwrap(),
+                            3 if mode != "unsafe" => {
+                                device.flush(CALL).unwrap();
+                                assert!(*script.disk.lock().unwrap() == model);
+                            }
+                            _ => {
+                                let mut buffer = vec![1; length as usize];
+                                device.read(&mut buffer, offset, CALL).unwrap();
+                                assert!(buffer == model[inside.clone()], "{range:?} {mode} {on_read} {max_size:?}");
+                                let mut reply = Segments::default();
+                                device.read_segments(&mut reply, length as usize, offset, CALL).unwrap();
+                                assert!(reply.to_vec() == model[inside]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_mode_says_when_the_plugin_is_written() {
+        for (mode, after_write, after_flush) in [
+            ("writeback", "open read:0+65536", "write:0+65536 flush"),
+            ("writethrough", "open read:0+65536 write:3+2", "flush"),
+            ("unsafe", "open read:0+65536", ""),
+        ] {
+            let script = Script::new(vec![1; 200_000]);
+            let device = open(&script, &[("cache", mode)]);
+            write(&*device, b"ab", 3).unwrap();
+            assert_eq!(script.log(), after_write, "{mode}");
+            device.flush(CALL).unwrap();
+            assert_eq!(script.log(), after_flush, "{mode}");
+            device.flush(CALL).unwrap();
+            assert_eq!(script.log(), if mode == "unsafe" { "" } else { "flush" });
+        }
+    }
+
+    #[test]
+    fn fua_in_writeback_takes_along_what_was_written_of_the_block() {
+        let script = Script::new(vec![1; 200_000]);
+        let device = open(&script, &[]);
+        let fua = Flags { fua: true, ..Flags::default() };
+        device.write(b"a", 5, fua, CALL).unwrap();
+        assert_eq!(script.log(), "open read:0+65536 write:5+1fua");
+        write(&*device, b"b", 7).unwrap();
+        device.write(b"c", 9, fua, CALL).unwrap();
+        assert_eq!(script.log(), "write:0+65536fua");
+        assert_eq!(script.disk.lock().unwrap()[5..10], *b"a\x01b\x01c");
+    }
+
+    #[test]
+    fn a_flush_that_fails_has_lost_nothing() {
+        let script = Script::new(vec![1; 200_000]);
+        let device = open(&script, &[]);
+        write(&*device, b"a", 5).unwrap();
+        write(&*device, b"b", 70_000).unwrap();
+        script.fail("write", 1);
+        let error = device.flush(CALL).unwrap_err();
+        assert_eq!(error.to_string(), "cache: flush of block 0 failed: write was told to fail");
+        assert_eq!(script.disk.lock().unwrap()[70_000], b'b');
+        device.flush(CALL).unwrap();
+        assert_eq!(script.disk.lock().unwrap()[5], b'a');
+    }
+
+    #[test]
+    fn a_cache_that_is_full_gives_up_what_was_not_used_for_long_and_writes_it_back_first() {
+        let script = Script::new(vec![1; 64 << 20]);
+        let device = open(&script, &[("cache-max-size", "4M"), ("cache", "unsafe")]);
+        for block in 0..1024 {
+            write(&*device, &[block as u8; 65536], block * 65536).unwrap();
+        }
+        let written = script.log().split(' ').filter(|call| call.starts_with("write")).count();
+        assert!((1024 - 64..1024 - 40).contains(&written), "{written}");
+        for block in 0..1024 {
+            let mut buffer = [0; 1];
+            device.read(&mut buffer, block * 65536 + 100, CALL).unwrap();
+            assert_eq!(buffer, [block as u8]);
+        }
+        let read = script.log().split(' ').filter(|call| call.starts_with("read")).count();
+        assert_eq!(read, written);
+    }
+
+    #[test]
+    fn a_write_fails_for_which_there_is_no_room() {
+        let script = Script::new(vec![1; 64 << 20]);
+        let device = open(&script, &[("cache-max-size", "1M")]);
+        script.fail("write", u32::MAX);
+        let failed = (0..100).filter(|block| write(&*device, &[7; 65536], block * 65536).is_err()).count();
+        assert_eq!(failed, 84);
+        script.fail("write", 0);
+        device.flush(CALL).unwrap();
+        assert_eq!(script.disk.lock().unwrap().iter().filter(|byte| **byte == 7).count(), 16 * 65536);
+    }
+
+    #[test]
+    fn what_was_read_is_not_asked_for_again_if_that_is_wanted() {
+        let script = Script::new(vec![1; 200_000]);
+        let device = open(&script, &[("cache-on-read", "true")]);
+        device.read(&mut [0; 100], 199_000, CALL).unwrap();
+        assert_eq!(script.log(), "open read:196608+3392");
+        device.read(&mut [0; 1000], 199_000, CALL).unwrap();
+        assert_eq!(script.log(), "");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("on");
+        let device = open(&script, &[("cache-on-read", path.to_str().unwrap())]);
+        device.read(&mut [0; 10], 0, CALL).unwrap();
+        assert_eq!(script.log(), "open read:0+10");
+        std::fs::write(&path, "").unwrap();
+        device.read(&mut [0; 10], 0, CALL).unwrap();
+        device.read(&mut [0; 10], 0, CALL).unwrap();
+        assert_eq!(script.log(), "read:0+65536");
+    }
+
+    #[test]
+    fn what_is_not_written_back_yet_is_data_in_the_map() {
+        let script = Script::new(vec![1; 200_000]);
+        let device = open(&script, &[]);
+        let first = || {
+            let mut extents = Extents::new(0, 200_000, true);
+            device.extents(&mut extents, CALL).unwrap();
+            (extents.list()[0].length, extents.list()[0].flags)
+        };
+        assert_eq!(first(), (1, 3));
+        write(&*device, b"a", 5).unwrap();
+        assert_eq!(first(), (65536, 0));
+        device.flush(CALL).unwrap();
+        assert_eq!(first(), (1, 3));
+    }
+
+    #[test]
+    fn nothing_is_lost_before_a_plugin_that_cannot_be_flushed() {
+        let script = Script::new(vec![1; 200_000]);
+        script.capabilities.lock().unwrap().flush = false;
+        let device = open(&script, &[]);
+        assert!(!device.capabilities().unwrap().flush);
+        write(&*device, b"a", 5).unwrap();
+        device.close().unwrap();
+        assert_eq!(script.log(), "open read:0+65536 write:0+65536 close");
+    }
+}

@@ -503,3 +503,157 @@ impl filter::Filter for CowDevice {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filters::testing::{Script, Scripted, before};
+    use crate::plugins::testing::Random;
+
+    const CALL: &Call = &Call::BLOCKING;
+
+    fn open(exports: &Arc<dyn Exports>, name: &str) -> Box<dyn Device> {
+        exports.open(&Client { export_name: name.into(), ..Client::default() }).unwrap()
+    }
+
+    fn cow(script: &Arc<Script>, parameters: &[(&str, &str)]) -> Arc<dyn Exports> {
+        before(Arc::new(Scripted(Arc::clone(script))), "cow", parameters).unwrap()
+    }
+
+    #[test]
+    fn clients_see_a_disk_that_is_written_to_and_the_plugin_none_of_it() {
+        let mut random = Random(11);
+        for size in [1, 4095, 4096, 100_000] {
+            for on_read in ["false", "true"] {
+                let base = random.bytes(size);
+                let script = Script::new(base.clone());
+                let exports = cow(&script, &[("cow-block-size", "4k"), ("cow-on-read", on_read)]);
+                let (one, other) = (open(&exports, ""), open(&exports, ""));
+                let mut model = base.clone();
+                for _ in 0..300 {
+                    let range = random.range(size as u64);
+                    let (offset, length) = (range.start, range.end - range.start);
+                    let inside = range.start as usize..range.end as usize;
+                    match random.below(5) {
+                        0 => {
+                            let data = random.bytes(length as usize);
+                            one.write(&data, offset, Flags::default(), CALL).unwrap();
+                            model[inside].copy_from_slice(&data);
+                        }
+                        1 => {
+                            one.zero(length, offset, Flags::default(), CALL).unwrap();
+                            model[inside].fill(0);
+                        }
+                        2 => {
+                            one.trim(length, offset, Flags::default(), CALL).unwrap();
+                            model[inside].fill(0);
+                        }
+                        3 => other.cache(length, offset, CALL).unwrap(),
+                        _ => {
+                            let mut buffer = vec![1; length as usize];
+                            other.read(&mut buffer, offset, CALL).unwrap();
+                            assert!(buffer == model[inside.clone()], "{range:?} of {size}");
+                            let mut reply = Segments::default();
+                            other.read_segments(&mut reply, length as usize, offset, CALL).unwrap();
+                            assert!(reply.to_vec() == model[inside]);
+                        }
+                    }
+                }
+                assert!(*script.disk.lock().unwrap() == base);
+                assert!(!script.log().contains("write"));
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_read_or_prefetched_is_not_asked_for_again_if_that_is_wanted() {
+        let script = Script::new(vec![7; 300_000]);
+        let exports = cow(&script, &[("cow-on-read", "1")]);
+        let device = open(&exports, "");
+        let mut buffer = [0; 10];
+        device.read(&mut buffer, 65530, CALL).unwrap();
+        assert_eq!(script.log(), "open:ro read:0+65536 read:65536+65536");
+        device.read(&mut buffer, 100_000, CALL).unwrap();
+        assert_eq!((script.log(), buffer), (String::new(), [7; 10]));
+        let exports = cow(&script, &[("cow-on-cache", "1")]);
+        let device = open(&exports, "");
+        device.cache(1, 299_999, CALL).unwrap();
+        assert_eq!(script.log(), "open:ro read:262144+37856");
+        device.read(&mut buffer, 280_000, CALL).unwrap();
+        assert_eq!(script.log(), "");
+        device.read(&mut buffer, 0, CALL).unwrap();
+        assert_eq!(script.log(), "read:0+10");
+        let device = open(&cow(&script, &[]), "");
+        device.cache(100_000, 0, CALL).unwrap();
+        assert_eq!(script.log(), "open:ro cache:0+100000");
+    }
+
+    #[test]
+    fn each_export_has_an_overlay_of_its_own_that_outlives_its_clients() {
+        let script = Script::new(vec![0; 10]);
+        let exports = cow(&script, &[]);
+        let device = open(&exports, "a");
+        device.write(b"a", 3, Flags::default(), CALL).unwrap();
+        drop(device);
+        let mut buffer = [9];
+        open(&exports, "b").read(&mut buffer, 3, CALL).unwrap();
+        assert_eq!(&buffer, b"\0");
+        open(&exports, "a").read(&mut buffer, 3, CALL).unwrap();
+        assert_eq!(&buffer, b"a");
+    }
+
+    #[test]
+    fn a_write_whose_rest_cannot_be_read_fails_and_changes_nothing() {
+        let script = Script::new(vec![5; 10_000]);
+        let exports = cow(&script, &[]);
+        let device = open(&exports, "");
+        script.fail("read", 1);
+        assert!(device.write(b"a", 3, Flags::default(), CALL).is_err());
+        let mut buffer = [0; 5];
+        device.read(&mut buffer, 0, CALL).unwrap();
+        assert_eq!(buffer, [5; 5]);
+    }
+
+    fn map(extents: &Extents) -> Vec<(u64, u64)> {
+        extents.list().iter().map(|extent| (extent.length, extent.flags)).collect()
+    }
+
+    #[test]
+    fn the_maps_tell_what_is_in_the_overlay() {
+        const BLOCK: u64 = 65536;
+        let script = Script::new(vec![5; 6 * BLOCK as usize]);
+        let exports = cow(&script, &[]);
+        let device = open(&exports, "");
+        device.write(b"a", BLOCK + 3, Flags::default(), CALL).unwrap();
+        device.trim(2 * BLOCK, 2 * BLOCK, Flags::default(), CALL).unwrap();
+        let mut extents = Extents::new(10, 6 * BLOCK - 10, false);
+        device.extents(&mut extents, CALL).unwrap();
+        // The scripted device says that the first byte of each answer is a hole.
+        let tail = [(1, 3), (2 * BLOCK - 1, 0)];
+        assert_eq!(map(&extents), [&[(1, 3), (2 * BLOCK - 11, 0), (2 * BLOCK + 1, 3)][..], &tail[1..]].concat());
+        let contexts = exports.meta_contexts(&Client::default()).unwrap();
+        assert_eq!(contexts.iter().map(|context| &*context.name).collect::<Vec<_>>(), [DEPTH]);
+        let mut extents = Extents::new(10, 6 * BLOCK - 10, false);
+        device.meta_context(0, &mut extents, CALL).unwrap();
+        assert_eq!(map(&extents), [(BLOCK - 10, DEPTH_NEXT), (3 * BLOCK, DEPTH_OVERLAY), (2 * BLOCK, DEPTH_NEXT)]);
+    }
+
+    #[test]
+    fn a_part_of_a_block_is_not_lost_when_another_is_written_at_the_same_time() {
+        let script = Script::new(vec![0; 4096]);
+        let exports = cow(&script, &[("cow-block-size", "4k")]);
+        std::thread::scope(|scope| {
+            for part in 0..8_u64 {
+                let device = open(&exports, "");
+                scope.spawn(move || {
+                    for at in part * 512..(part + 1) * 512 {
+                        device.write(&[part as u8 + 1], at, Flags::default(), CALL).unwrap();
+                    }
+                });
+            }
+        });
+        let mut all = [0; 4096];
+        open(&exports, "").read(&mut all, 0, CALL).unwrap();
+        assert!(all.iter().enumerate().all(|(at, byte)| usize::from(*byte) == at / 512 + 1));
+    }
+}

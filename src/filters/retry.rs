@@ -416,3 +416,188 @@ impl RetryDevice {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filters::testing::{Script, Scripted};
+
+    std::thread_local! {
+        static SLEPT: std::cell::RefCell<Vec<u64>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+
+    /// Notes the seconds instead of waiting for them.
+    fn sleep(delay: Duration) {
+        SLEPT.with_borrow_mut(|slept| slept.push(delay.as_secs()));
+    }
+
+    fn slept() -> Vec<u64> {
+        SLEPT.take()
+    }
+
+    fn open(script: &Arc<Script>, settings: Retry) -> Result<Box<dyn Device>> {
+        let next = Arc::new(Scripted(Arc::clone(script)));
+        FilteredExports(Retries { next, settings, sleep }).open(&Client::default())
+    }
+
+    const CALL: &Call = &Call::BLOCKING;
+
+    #[test]
+    fn a_request_that_fails_is_made_again_on_a_new_device() {
+        let script = Script::new(b"0123456789".to_vec());
+        let device = open(&script, Retry::default()).unwrap();
+        script.fail("read", 2);
+        let mut buffer = [0; 3];
+        device.read(&mut buffer, 4, CALL).unwrap();
+        assert_eq!(&buffer, b"456");
+        assert_eq!(script.log(), "open read:4+3 close open read:4+3 close open read:4+3");
+        assert_eq!(slept(), [2, 4]);
+        // And counts from the beginning for the next.
+        script.fail("write", 5);
+        device.write(b"ab", 1, Flags::default(), CALL).unwrap();
+        assert_eq!(slept(), [2, 4, 8, 16, 32]);
+        assert_eq!(script.disk.lock().unwrap()[..4], *b"0ab3");
+        device.close().unwrap();
+        assert!(script.log().ends_with("write:1+2 close"));
+    }
+
+    #[test]
+    fn the_error_is_the_requests_own_when_nothing_helps() {
+        let script = Script::new(vec![0; 10]);
+        let settings = Retry { retries: 2, exponential: false, ..Retry::default() };
+        let device = open(&script, settings).unwrap();
+        script.fail("flush", 3);
+        assert_eq!(device.flush(CALL).unwrap_err().code(), ErrorCode::NoSpace);
+        assert_eq!(slept(), [2, 2]);
+        device.flush(CALL).unwrap();
+    }
+
+    #[test]
+    fn without_retries_it_is_as_if_it_were_not_there() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry { retries: 0, ..Retry::default() }).unwrap();
+        script.fail("read", 1);
+        assert_eq!(device.read(&mut [0], 0, CALL).unwrap_err().code(), ErrorCode::NoSpace);
+        assert_eq!(script.log(), "open read:0+1");
+        assert!(slept().is_empty());
+    }
+
+    #[test]
+    fn a_device_that_does_not_open_is_tried_again() {
+        let script = Script::new(vec![0; 10]);
+        script.fail("open", 3);
+        assert!(open(&script, Retry::default()).is_ok());
+        assert_eq!(slept(), [2, 4, 8]);
+        script.fail("open", 100);
+        let error = open(&script, Retry { retries: 1, ..Retry::default() }).err().unwrap();
+        assert_eq!(error.code(), ErrorCode::Shutdown);
+        // Also when it was open before: then the next request begins with it.
+        script.fail("open", 0);
+        let device = open(&script, Retry { retries: 1, ..Retry::default() }).unwrap();
+        script.fail("open", 1);
+        script.fail("read", 1);
+        assert_eq!(device.read(&mut [0], 0, CALL).unwrap_err().code(), ErrorCode::Shutdown);
+        script.log();
+        device.read(&mut [0], 0, CALL).unwrap();
+        assert_eq!(script.log(), "open read:0+1");
+    }
+
+    #[test]
+    fn a_device_that_could_not_be_closed_is_the_end() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry::default()).unwrap();
+        script.fail("read", 1);
+        script.fail("close", 1);
+        assert_eq!(device.read(&mut [0], 0, CALL).unwrap_err().code(), ErrorCode::Shutdown);
+        assert_eq!(device.read(&mut [0], 0, CALL).unwrap_err().code(), ErrorCode::Shutdown);
+        assert_eq!(script.log(), "open read:0+1 close");
+    }
+
+    #[test]
+    fn readonly_is_for_the_rest_of_the_connection() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry { read_only: true, ..Retry::default() }).unwrap();
+        device.write(b"a", 0, Flags::default(), CALL).unwrap();
+        script.fail("read", 1);
+        device.read(&mut [0], 0, CALL).unwrap();
+        assert_eq!(script.log(), "open write:0+1 read:0+1 close open:ro read:0+1");
+        slept();
+        for result in [
+            device.write(b"a", 0, Flags::default(), CALL),
+            device.trim(1, 0, Flags::default(), CALL),
+            device.zero(1, 0, Flags::default(), CALL),
+        ] {
+            assert_eq!(result.unwrap_err().code(), ErrorCode::NotPermitted);
+        }
+        assert!(slept().is_empty());
+        // Also a write that fails itself.
+        let device = open(&script, Retry { read_only: true, ..Retry::default() }).unwrap();
+        script.fail("write", 1);
+        let error = device.write(b"a", 0, Flags::default(), CALL).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::NotPermitted);
+    }
+
+    #[test]
+    fn a_device_that_has_shrunk_has_no_space_behind_its_end() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry { retries: 1, ..Retry::default() }).unwrap();
+        script.fail("flush", 1);
+        script.disk.lock().unwrap().truncate(5);
+        device.flush(CALL).unwrap();
+        assert_eq!(device.size().unwrap(), 5);
+        assert_eq!(device.read(&mut [0], 7, CALL).unwrap_err().code(), ErrorCode::Io);
+        assert_eq!(device.write(b"a", 7, Flags::default(), CALL).unwrap_err().code(), ErrorCode::NoSpace);
+        // It may grow again meanwhile.
+        script.disk.lock().unwrap().resize(10, 0);
+        device.write(b"a", 7, Flags::default(), CALL).unwrap();
+    }
+
+    #[test]
+    fn fua_is_a_flush_where_the_new_device_has_no_other() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry::default()).unwrap();
+        let fua = Flags { fua: true, ..Flags::default() };
+        device.write(b"a", 0, fua, CALL).unwrap();
+        script.fail("write", 1);
+        script.capabilities.lock().unwrap().fua = Support::Emulate;
+        device.write(b"a", 0, fua, CALL).unwrap();
+        assert_eq!(script.log(), "open write:0+1fua write:0+1fua close open write:0+1 flush");
+        script.fail("write", 1);
+        script.capabilities.lock().unwrap().fua = Support::None;
+        let error = device.write(b"a", 0, fua, CALL).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Io);
+        slept();
+    }
+
+    #[test]
+    fn that_zeroes_have_to_be_written_is_no_failure() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry::default()).unwrap();
+        script.capabilities.lock().unwrap().fast_zero = true;
+        let fast = Flags { fast: true, ..Flags::default() };
+        assert_eq!(device.zero(1, 0, fast, CALL).unwrap_err().code(), ErrorCode::NotSupported);
+        assert!(slept().is_empty());
+        script.fail("zero", 1);
+        device.zero(1, 0, Flags::default(), CALL).unwrap();
+        assert_eq!(slept(), [2]);
+    }
+
+    #[test]
+    fn what_a_failed_attempt_gave_does_not_count() {
+        let script = Script::new(b"0123456789".to_vec());
+        let device = open(&script, Retry::default()).unwrap();
+        script.fail("extents", 2);
+        let mut extents = Extents::new(2, 5, false);
+        device.extents(&mut extents, CALL).unwrap();
+        assert_eq!(
+            extents.list().iter().map(|extent| (extent.length, extent.flags)).collect::<Vec<_>>(),
+            [(1, 3), (4, 0)]
+        );
+        script.fail("read", 2);
+        let mut reply = Segments::default();
+        reply.zeroes(1);
+        device.read_segments(&mut reply, 3, 1, CALL).unwrap();
+        assert_eq!(reply.to_vec(), b"\x00123");
+        slept();
+    }
+}

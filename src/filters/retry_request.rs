@@ -195,3 +195,63 @@ impl filter::Filter for RetryDevice {
         self.retry_extents(extents, |extents| self.next.meta_context(context, extents, call))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filters::testing::{Script, Scripted};
+
+    fn open(script: &Arc<Script>, settings: RetryRequest) -> Result<Box<dyn Device>> {
+        let next = Arc::new(Scripted(Arc::clone(script)));
+        let settings = RetryRequest { sleep: |delay| assert_eq!(delay, Duration::from_secs(2)), ..settings };
+        FilteredExports(Retries { next, settings }).open(&Client::default())
+    }
+
+    const CALL: &Call = &Call::BLOCKING;
+
+    #[test]
+    fn a_request_is_made_three_times_at_most() {
+        let script = Script::new(b"0123456789".to_vec());
+        let device = open(&script, RetryRequest::default()).unwrap();
+        for times in 0..=3 {
+            let all = |result: Result<()>| assert_eq!(result.is_ok(), times < 3);
+            let flags = Flags::default();
+            for call in ["read", "write", "flush", "trim", "zero", "cache", "extents"] {
+                script.fail(call, times);
+            }
+            all(device.read(&mut [0; 2], 0, CALL));
+            script.fail("read", times);
+            let mut reply = Segments::default();
+            all(device.read_segments(&mut reply, 3, 1, CALL));
+            if times < 3 {
+                assert_eq!(reply.to_vec(), script.disk.lock().unwrap()[1..4]);
+            }
+            all(device.write(b"ab", 0, flags, CALL));
+            all(device.flush(CALL));
+            all(device.trim(1, 0, flags, CALL));
+            all(device.zero(1, 0, flags, CALL));
+            all(device.cache(1, 0, CALL));
+            let mut extents = Extents::new(2, 5, false);
+            all(device.extents(&mut extents, CALL));
+        }
+        assert!(!script.log().contains("close"));
+    }
+
+    #[test]
+    fn opening_is_repeated_unless_that_is_not_wanted() {
+        let script = Script::new(vec![0; 10]);
+        script.fail("open", 2);
+        assert!(open(&script, RetryRequest::default()).is_ok());
+        script.fail("open", 1);
+        assert!(open(&script, RetryRequest { open: false, ..RetryRequest::default() }).is_err());
+    }
+
+    #[test]
+    fn that_zeroes_have_to_be_written_is_no_failure() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, RetryRequest::default()).unwrap();
+        let fast = Flags { fast: true, ..Flags::default() };
+        assert_eq!(device.zero(1, 0, fast, CALL).unwrap_err().code(), ErrorCode::NotSupported);
+        assert_eq!(script.log(), "open zero:0+1");
+    }
+}

@@ -303,3 +303,74 @@ impl Entry {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tar::{Builder, EntryType};
+
+    fn entry(builder: &mut Builder<Vec<u8>>, name: &str, kind: EntryType, data: &[u8]) {
+        let mut header = Header::new_gnu();
+        header.set_size(data.len() as u64);
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, data).unwrap();
+    }
+
+    fn look(archive: &[u8], name: &str, limit: u64) -> std::result::Result<Vec<u8>, String> {
+        let read = |at: u64, length: usize| {
+            let part = archive.get(at as usize..).and_then(|rest| rest.get(..length));
+            part.map(<[u8]>::to_vec).ok_or_else(|| failed("too short"))
+        };
+        let place = find(name.as_bytes(), limit.min(archive.len() as u64), read).map_err(|error| error.to_string())?;
+        Ok(archive[place.offset as usize..][..place.size as usize].to_vec())
+    }
+
+    #[test]
+    fn an_entry_is_found_by_its_whole_name_however_long() {
+        let long = format!("{}disk.img", "directory/".repeat(40));
+        let mut builder = Builder::new(Vec::new());
+        entry(&mut builder, "a", EntryType::Regular, &[1; 513]);
+        entry(&mut builder, "directory", EntryType::Directory, &[]);
+        entry(&mut builder, &long, EntryType::Regular, b"long");
+        entry(&mut builder, "link", EntryType::Symlink, &[]);
+        entry(&mut builder, "disk.img", EntryType::Regular, b"short");
+        entry(&mut builder, "disk.img", EntryType::Regular, b"again");
+        entry(&mut builder, "empty", EntryType::Regular, b"");
+        let archive = builder.into_inner().unwrap();
+        assert_eq!(look(&archive, &long, u64::MAX).unwrap(), b"long");
+        assert_eq!(look(&archive, "disk.img", u64::MAX).unwrap(), b"short");
+        assert_eq!(look(&archive, "a", 512).unwrap(), [1; 513]);
+        assert_eq!(look(&archive, "empty", u64::MAX).unwrap(), b"");
+        let not_found = " was not found, check that the file really exists in the tarball";
+        assert_eq!(look(&archive, "disk", u64::MAX).unwrap_err(), format!("tar: disk{not_found}"));
+        assert_eq!(look(&archive, "disk.img", 2048).unwrap_err(), format!("tar: disk.img{not_found}"));
+        for name in ["link", "directory"] {
+            assert_eq!(look(&archive, name, u64::MAX).unwrap_err(), format!("tar: {name} is not a regular file"));
+        }
+    }
+
+    #[test]
+    fn what_is_no_archive_is_refused() {
+        assert!(look(&[7; 2000], "a", u64::MAX).unwrap_err().starts_with("tar: this is no uncompressed tar archive"));
+        assert!(look(&[], "a", u64::MAX).unwrap_err().contains("not found"));
+        let mut builder = Builder::new(Vec::new());
+        entry(&mut builder, "a", EntryType::Regular, &[1; 100]);
+        let archive = builder.into_inner().unwrap();
+        for at in 0..512 {
+            let mut damaged = archive.clone();
+            damaged[at] ^= 0x44;
+            assert!(look(&damaged, "a", u64::MAX).is_err(), "{at}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_said_to_be_huge_is_not_read() {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(1 << 40);
+        header.set_cksum();
+        let archive = header.as_bytes().to_vec();
+        assert!(look(&archive, "a", u64::MAX).unwrap_err().contains("too long for a name"));
+    }
+}

@@ -395,3 +395,63 @@ impl filter::Filter for File {
         self.read_into(Sink::Reply(reply), length, offset)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(bytes: &[u8]) -> impl Fn(&mut [u8], u64) -> Result<()> + '_ {
+        |buffer, at| {
+            buffer.copy_from_slice(&bytes[at as usize..][..buffer.len()]);
+            Ok(())
+        }
+    }
+
+    /// A stream of one block that is not looked into.
+    fn stream(unpadded: u64, length: u64) -> Vec<u8> {
+        let block = Block { at: 0, unpadded, start: 0, length, flags: [0, 4] };
+        [block.header(), vec![0xff; padded(unpadded).unwrap() as usize], block.footer()].concat()
+    }
+
+    #[test]
+    fn streams_follow_each_other_with_padding_between() {
+        let one = stream(17, 1000);
+        let other = stream(200, 300);
+        let file = [&one[..], &[0; 8], &other[..], &[0; 4]].concat();
+        let blocks = parse(file.len() as u64, from(&file)).unwrap();
+        let second = one.len() as u64 + 8 + ENDS;
+        let flags = [0, 4];
+        assert_eq!(
+            blocks,
+            [
+                Block { at: 12, unpadded: 17, start: 0, length: 1000, flags },
+                Block { at: second, unpadded: 200, start: 1000, length: 300, flags },
+            ]
+        );
+    }
+
+    #[test]
+    fn no_damage_is_worse_than_an_error() {
+        let file = [stream(17, 1000), stream(200, 300)].concat();
+        for at in 0..file.len() {
+            for bit in 0..8 {
+                let mut damaged = file.clone();
+                damaged[at] ^= 1 << bit;
+                let _ = parse(damaged.len() as u64, from(&damaged));
+            }
+        }
+        for length in 0..file.len() {
+            assert!(parse(length as u64, from(&file[..length])).is_err() || length == stream(17, 1000).len());
+        }
+    }
+
+    #[test]
+    fn numbers_are_seven_bits_to_a_byte() {
+        for value in [0, 1, 127, 128, 300, 1 << 35, (1 << 63) - 1] {
+            let mut bytes = Vec::new();
+            put_number(&mut bytes, value);
+            assert_eq!(number(&mut &bytes[..]), Some(value));
+        }
+        assert_eq!(number(&mut &[0x80; 20][..]), None);
+    }
+}
