@@ -17,6 +17,8 @@ mod files;
 mod made;
 #[path = "layers/simple.rs"]
 mod simple;
+#[path = "layers/stored.rs"]
+mod stored;
 
 /// What drives both servers.
 const OPERATIONS_PROGRAM: &str = include_str!("layers/operations.py");
