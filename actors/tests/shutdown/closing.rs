@@ -144,7 +144,10 @@ fn every_session_ends_wherever_its_client_stops() {
 
 #[test]
 fn a_client_that_was_handed_over_too_late_is_closed_although_more_could_be_handed_over() {
-    struct Late(Sender<()>);
+    /// Its channel closes with it.
+    struct Late {
+        _open: Sender<()>,
+    }
 
     impl Transport for Late {
         fn poll_receive(&mut self, _: &mut Context<'_>, _: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
@@ -163,7 +166,7 @@ fn a_client_that_was_handed_over_too_late_is_closed_although_more_could_be_hande
     let running = Server::new(Arc::new(Disk::new(|_| Ok(()))))
         .clients(arrivals)
         // No more clients are taken, and the channel is still there.
-        .before_refusing(move || drop(hand_over.try_send(Box::new(Late(open)))))
+        .before_refusing(move || drop(hand_over.try_send(Box::new(Late { _open: open }))))
         .start(&executor)
         .unwrap();
     running.handle().shut_down(Cause::Requested);
