@@ -7,9 +7,10 @@
 //! ```
 //!
 //! At an orderly end [`end`] kills the group and has the keeper remove the directory. Should the server be killed, the keeper
-//! sees the pipe close and does both, with half a second between SIGTERM and SIGKILL for who has something to write. The keeper is not in the group, so that it can outlive it; nor in our session, whose
-//! processes a guardian kills when we are gone. The group's leader does nothing: as long as it was not waited for, the
-//! group's number is nobody else's. Both are started with the first process that is to be kept.
+//! sees the pipe close and does both, with half a second between SIGTERM and SIGKILL for who has something to write. The
+//! keeper is not in the group, so that it can outlive it; nor in our session, whose processes a guardian kills when we are
+//! gone. The group's leader does nothing: as long as it was not waited for, the group's number is nobody else's. Both are
+//! started with the first process that is to be kept.
 //!
 //! What is started has its standard streams and no other descriptor of ours, for all are closed by exec; no signal blocked,
 //! and SIGPIPE as it was by default. Nothing here handles SIGCHLD or waits for another's child.

@@ -11,6 +11,8 @@ mod captive;
 mod cli;
 #[path = "black_box/command.rs"]
 mod command;
+#[path = "black_box/data.rs"]
+mod data;
 #[path = "black_box/drain.rs"]
 mod drain;
 #[path = "black_box/environment.rs"]

@@ -55,7 +55,7 @@ pub struct Memory {
 
 /// How memory is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Allocator {
+pub(super) enum Allocator {
     #[default]
     Sparse,
     Malloc {
@@ -96,7 +96,7 @@ impl Plugin for Memory {
 
 impl Allocator {
     /// The grammar is `NAME[,KEY[=VALUE]]...`; a key alone is switched on.
-    fn parse(text: &str) -> Result<Allocator, ConfigError> {
+    pub(super) fn parse(text: &str) -> Result<Allocator, ConfigError> {
         let mut words = text.split(',');
         let mut allocator = match words.next() {
             Some("sparse") => Allocator::Sparse,
@@ -123,6 +123,15 @@ impl Allocator {
             }
         }
         Ok(allocator)
+    }
+
+    /// A disk that is empty.
+    pub(super) fn disk(self, size: u64) -> Result<Arc<dyn Device>, ConfigError> {
+        Ok(match self {
+            Allocator::Sparse => Arc::new(Disk::new(size)),
+            Allocator::Malloc { mlock } => Arc::new(malloc::Flat::new(size, mlock)?),
+            Allocator::Zstd => Arc::new(zstd::Compressed::new(size)),
+        })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::layer::{About, Plugin};
 
+pub mod data;
 pub mod eval;
 pub mod example1;
 pub mod file;
@@ -34,6 +35,7 @@ pub struct Entry {
 
 /// Every plugin, in alphabetical order, as help lists them.
 pub static ALL: &[Entry] = &[
+    Entry { about: &data::ABOUT, new: || Box::<data::Data>::default() },
     Entry { about: &eval::ABOUT, new: || Box::<eval::Eval>::default() },
     Entry { about: &example1::ABOUT, new: || Box::new(example1::Example1) },
     Entry { about: &file::ABOUT, new: || Box::<file::File>::default() },

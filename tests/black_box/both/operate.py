@@ -6,7 +6,7 @@
     read OFFSET LENGTH           write OFFSET LENGTH BYTE [fua]
     zero OFFSET LENGTH [fua] [no_hole] [fast]
     trim OFFSET LENGTH [fua]     cache OFFSET LENGTH     flush
-    map OFFSET LENGTH [one]      list                    as NAME (another connection, to that export)
+    map [OFFSET LENGTH [one]]    list                    as NAME (another connection, to that export)
 """
 
 import errno
@@ -90,6 +90,7 @@ def operate(h, words):
         h.flush()
     elif kind == "map":
         found = []
+        numbers = numbers or [0, h.get_size()]
         h.block_status(numbers[1], numbers[0], lambda m, o, entries, e: found.extend(entries) or 0, flags)
         return repr(list(zip(found[::2], found[1::2])))
     elif kind == "list":

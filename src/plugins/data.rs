@@ -1,0 +1,137 @@
+//! `data`: a disk in memory that starts with what the command line says, in a little language, in base64 or as it is.
+//!
+//! | file | what lives in it |
+//! |---|---|
+//! | `data.rs` | the parameters |
+//! | `data/parse.rs` | the language: text to expressions |
+//! | `data/evaluate.rs` | expressions to content, with files and scripts |
+//! | `data/content.rs` | content: pieces at offsets, and nothing between them |
+//!
+//! Text, expressions, steps and memory all have a limit, so that no description, however it refers to itself, makes the server
+//! grow or run without end. Source: nbdkit plugins/data/data.c, plugins/data/format.c, plugins/data/nbdkit-data-plugin.pod.
+
+mod content;
+mod evaluate;
+mod parse;
+
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use nbdcaptive_actors::device::{Exports, Same, ThreadModel};
+
+use super::memory::Allocator;
+use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
+use crate::values;
+use content::Content;
+
+const fn optional(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
+    Parameter { key, value, help, required: false }
+}
+
+/// See the module.
+pub static ABOUT: About = About {
+    name: "data",
+    summary: "a disk in memory with content from the command line",
+    parameters: &[
+        optional(
+            "data",
+            "<DATA>",
+            "the content in a little language: '0 1 @0x1fe 0x55 0xaa'. Other parameters are its $variables",
+        ),
+        optional("base64", "<BASE64>", "the content in base64"),
+        optional("raw", "<BINARY>", "the content as it is"),
+        optional("size", "<SIZE>", "cut the content, or fill it with zeroes, to this size"),
+        optional("allocator", "sparse|malloc[,mlock=true]|zstd", "how memory is taken, as by the memory plugin"),
+    ],
+    magic_key: Some("data"),
+    thread_model: ThreadModel::Parallel,
+    dump: &[("data_base64", "yes"), ("mlock", "yes"), ("zstd", "yes")],
+};
+
+/// The most memory that content may take, in bytes.
+const LIMIT: u64 = 1 << 30;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Raw,
+    Base64,
+    Data,
+}
+
+/// The plugin.
+#[derive(Debug, Default)]
+pub struct Data {
+    given: Option<(Form, Vec<u8>)>,
+    size: Option<u64>,
+    allocator: Allocator,
+    variables: Vec<(String, Vec<u8>)>,
+}
+
+impl Plugin for Data {
+    fn takes_other_keys(&self) -> bool {
+        true
+    }
+
+    fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
+        let form = match key {
+            "size" => {
+                self.size = Some(values::size(value.text(key)?).map_err(ConfigError)?);
+                return Ok(());
+            }
+            "allocator" => {
+                self.allocator = Allocator::parse(value.text(key)?)?;
+                return Ok(());
+            }
+            "raw" => Form::Raw,
+            "base64" => Form::Base64,
+            "data" => Form::Data,
+            _ => {
+                self.variables.push((key.to_owned(), value.bytes().to_vec()));
+                return Ok(());
+            }
+        };
+        if self.given.is_some() {
+            return Err(ConfigError("raw|base64|data parameter must be specified exactly once".to_owned()));
+        }
+        self.given = Some((form, value.bytes().to_vec()));
+        Ok(())
+    }
+
+    fn config_complete(&mut self) -> Result<(), ConfigError> {
+        match &self.given {
+            None => Err(ConfigError("raw|base64|data parameter was not specified".to_owned())),
+            Some((form, _)) if *form != Form::Data && !self.variables.is_empty() => {
+                Err(ConfigError("extra parameters passed and not using data='...'".to_owned()))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn ready(self: Box<Self>) -> Result<Arc<dyn Exports>, ConfigError> {
+        let content = match self.given {
+            None => Content::default(),
+            Some((Form::Raw, bytes)) => Content::bytes(bytes),
+            Some((Form::Base64, text)) => {
+                // Line ends are no part of it.
+                let text: Vec<u8> = text.into_iter().filter(|byte| !byte.is_ascii_whitespace()).collect();
+                Content::bytes(STANDARD.decode(text).map_err(|error| ConfigError(format!("base64: {error}")))?)
+            }
+            Some((Form::Data, text)) => {
+                let lookup = |name: &str| {
+                    let given = self.variables.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
+                    given.or_else(|| std::env::var_os(name).map(std::os::unix::ffi::OsStringExt::into_vec))
+                };
+                let expression = parse::parse(&text, &lookup).map_err(ConfigError)?;
+                evaluate::evaluate(&expression).map_err(ConfigError)?
+            }
+        };
+        let size = self.size.unwrap_or(content.size());
+        let disk = self.allocator.disk(size)?;
+        content.write_to(&disk, size).map_err(ConfigError)?;
+        Ok(Arc::new(Same::new(disk)))
+    }
+}
+
+#[cfg(test)]
+mod tests;
