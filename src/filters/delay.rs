@@ -176,12 +176,12 @@ mod tests {
     /// Long enough to tell, short enough to wait for.
     const WHILE: Duration = Duration::from_millis(20);
 
-    type Request<'a> = &'a dyn Fn(&Call) -> Result<()>;
+    type Attempt<'a> = &'a dyn Fn(&Call) -> Result<()>;
 
     /// Which of read, write, zero, trim and cache are delayed.
     fn delayed(parameters: &[(&str, &str)]) -> [bool; 5] {
         let disk = device("1M", "delay", parameters);
-        let calls: [Request<'_>; 5] = [
+        let calls: [Attempt<'_>; 5] = [
             &|call| disk.read(&mut [0; 4], 0, call),
             &|call| disk.write(b"data", 0, Flags::default(), call),
             &|call| disk.zero(4, 0, Flags::default(), call),

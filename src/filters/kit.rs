@@ -149,6 +149,11 @@ pub trait Gate: Send + Sync {
         self.next().extents(extents, call)
     }
 
+    /// Has the next device flushed.
+    fn flush(&self, call: &Call) -> Result<()> {
+        self.next().flush(call)
+    }
+
     /// As [`Filter::close`].
     fn close(&self) -> Result<()> {
         Ok(())
@@ -205,7 +210,7 @@ impl<G: Gate> Filter for Gated<G> {
     }
 
     fn flush(&self, call: &Call) -> Result<()> {
-        self.pass(Request::Flush, call, |next| next.flush(call))
+        self.pass(Request::Flush, call, |_| self.0.flush(call))
     }
 
     fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {

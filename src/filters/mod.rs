@@ -7,6 +7,8 @@ use nbdcaptive_actors::device::{Call, Device, Error, ErrorCode, Result};
 
 use crate::layer::{About, Filter};
 
+pub mod blocksize;
+pub mod blocksize_policy;
 pub mod cache;
 pub mod checkwrite;
 pub mod count;
@@ -24,6 +26,7 @@ pub mod ip;
 pub(crate) mod kit;
 pub mod limit;
 pub mod log;
+pub mod multi_conn;
 pub mod nocache;
 pub mod noextents;
 pub mod noparallel;
@@ -58,6 +61,8 @@ pub struct Entry {
 
 /// Every filter, in alphabetical order, as help lists them.
 pub static ALL: &[Entry] = &[
+    Entry { about: &blocksize::ABOUT, new: || Box::<blocksize::Blocksize>::default() },
+    Entry { about: &blocksize_policy::ABOUT, new: || Box::<blocksize_policy::Policy>::default() },
     Entry { about: &cache::ABOUT, new: || Box::<cache::Cache>::default() },
     Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
     Entry { about: &count::ABOUT, new: || Box::new(count::Count) },
@@ -74,6 +79,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &ip::ABOUT, new: || Box::<ip::Ip>::default() },
     Entry { about: &limit::ABOUT, new: || Box::<limit::Limit>::default() },
     Entry { about: &log::ABOUT, new: || Box::<log::LogFilter>::default() },
+    Entry { about: &multi_conn::ABOUT, new: || Box::<multi_conn::MultiConn>::default() },
     Entry { about: &nocache::ABOUT, new: || Box::<nocache::NoCache>::default() },
     Entry { about: &noextents::ABOUT, new: || Box::new(noextents::NoExtents) },
     Entry { about: &noparallel::ABOUT, new: || Box::<noparallel::NoParallel>::default() },
