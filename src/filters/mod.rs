@@ -16,6 +16,7 @@ pub mod cow;
 pub mod ddrescue;
 pub mod delay;
 pub mod error;
+pub mod evil;
 pub mod exitlast;
 pub mod exitwhen;
 pub mod exportname;
@@ -34,14 +35,17 @@ pub mod nozero;
 pub mod offset;
 pub mod openonce;
 pub mod partition;
+pub mod pause;
 pub mod protect;
 pub(crate) mod random;
+pub mod rate;
 pub mod readahead;
 pub mod readonly;
 pub mod retry;
 pub mod retry_request;
 pub mod rotational;
 pub mod scan;
+pub mod spinning;
 pub mod stats;
 pub mod swab;
 pub mod tar;
@@ -70,6 +74,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &ddrescue::ABOUT, new: || Box::<ddrescue::Ddrescue>::default() },
     Entry { about: &delay::ABOUT, new: || Box::<delay::Delay>::default() },
     Entry { about: &error::ABOUT, new: || Box::<error::ErrorInject>::default() },
+    Entry { about: &evil::ABOUT, new: || Box::<evil::Evil>::default() },
     Entry { about: &exitlast::ABOUT, new: || Box::new(exitlast::ExitLast) },
     Entry { about: &exitwhen::ABOUT, new: || Box::<exitwhen::ExitWhen>::default() },
     Entry { about: &exportname::ABOUT, new: || Box::<exportname::ExportName>::default() },
@@ -87,13 +92,16 @@ pub static ALL: &[Entry] = &[
     Entry { about: &offset::ABOUT, new: || Box::<offset::Offset>::default() },
     Entry { about: &openonce::ABOUT, new: || Box::new(openonce::OpenOnce) },
     Entry { about: &partition::ABOUT, new: || Box::<partition::Partition>::default() },
+    Entry { about: &pause::ABOUT, new: || Box::<pause::Pause>::default() },
     Entry { about: &protect::ABOUT, new: || Box::<protect::Protect>::default() },
+    Entry { about: &rate::ABOUT, new: || Box::<rate::Rate>::default() },
     Entry { about: &readahead::ABOUT, new: || Box::new(readahead::Readahead) },
     Entry { about: &readonly::ABOUT, new: || Box::<readonly::ReadOnly>::default() },
     Entry { about: &retry::ABOUT, new: || Box::<retry::Retry>::default() },
     Entry { about: &retry_request::ABOUT, new: || Box::<retry_request::RetryRequest>::default() },
     Entry { about: &rotational::ABOUT, new: || Box::<rotational::Rotational>::default() },
     Entry { about: &scan::ABOUT, new: || Box::<scan::Scan>::default() },
+    Entry { about: &spinning::ABOUT, new: || Box::<spinning::Spinning>::default() },
     Entry { about: &stats::ABOUT, new: || Box::<stats::Stats>::default() },
     Entry { about: &swab::ABOUT, new: || Box::<swab::Swab>::default() },
     Entry { about: &tar::ABOUT, new: || Box::<tar::Tar>::default() },

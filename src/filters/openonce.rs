@@ -62,7 +62,9 @@ impl FilterExports for Once {
         let device = match open.iter().find(|(known, _)| *known == key) {
             Some((_, device)) => Arc::clone(device),
             None => {
-                let device: Arc<dyn Device> = Arc::from(self.next.open(client)?);
+                // It outlives this client, and is nobody's in particular.
+                let anybody = Client { peer: None, connection: client.connection.of_the_server(), ..client.clone() };
+                let device: Arc<dyn Device> = Arc::from(self.next.open(&anybody)?);
                 open.push((key, Arc::clone(&device)));
                 device
             }
