@@ -22,8 +22,8 @@ use nbdcaptive_actors::device::{
 };
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
+use super::next::ask;
 use crate::block_map::{BlockMap, State};
-use crate::filters::ask;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::overlay::{self, OnRead, Sink, Stripes, Temporary};
 use crate::values;
@@ -613,7 +613,7 @@ impl filter::Filter for CacheDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filters::testing::{Script, Scripted, before};
+    use crate::filters::next::testing::{Script, Scripted, before};
     use crate::plugins::testing::Random;
 
     const CALL: &Call = &Call::BLOCKING;

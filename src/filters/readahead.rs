@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use nbdcaptive_actors::device::{Call, Client, Device, Exports, Result, Segments, Support, ThreadModel};
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
-use crate::filters::ask;
+use super::next::ask;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 
 /// See the module.
@@ -58,7 +58,13 @@ impl FilterExports for Readaheads {
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
         let next = self.next.open(client)?;
         let (next, (size, cache)) = ask(next, |next| Ok((next.size()?, next.capabilities()?.cache)))?;
-        if cache != Support::Native || self.next.thread_model() != ThreadModel::Parallel {
+        let parallel = self.next.thread_model() == ThreadModel::Parallel;
+        if cache != Support::Native || !parallel {
+            client.connection.error(format_args!(
+                "readahead: warning: underlying plugin does not support NBD_CMD_CACHE or PARALLEL thread model, so the \
+                 filter won't do anything{}",
+                if parallel { "; try adding --filter=cache after this filter" } else { "" }
+            ));
             return Ok(next);
         }
         let next = Arc::from(next);

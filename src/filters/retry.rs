@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nbdcaptive_actors::device::{
-    Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments, Support,
-    ThreadModel,
+    Call, Capabilities, Client, Connection, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments,
+    Support, ThreadModel,
 };
 use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
 
@@ -73,14 +73,21 @@ impl Filter for Retry {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        Ok(Arc::new(FilteredExports(Retries { next, settings: *self, sleep: std::thread::sleep })))
+        Ok(Arc::new(FilteredExports(Retries { next, settings: *self, sleep })))
     }
+}
+
+/// How it waits. Not the whole time where the client leaves or the server ends.
+type Sleep = fn(&Connection, Duration) -> Result<()>;
+
+fn sleep(connection: &Connection, delay: Duration) -> Result<()> {
+    connection.sleep(&Call::BLOCKING, delay)
 }
 
 struct Retries {
     next: Arc<dyn Exports>,
     settings: Retry,
-    sleep: fn(Duration),
+    sleep: Sleep,
 }
 
 impl FilterExports for Retries {
@@ -125,7 +132,7 @@ struct State {
 struct RetryDevice {
     next: Arc<dyn Exports>,
     settings: Retry,
-    sleep: fn(Duration),
+    sleep: Sleep,
     client: Client,
     /// Not held while the next device does something: it is only ever one request that does.
     state: Mutex<State>,
@@ -214,7 +221,11 @@ impl RetryDevice {
     /// Closes the device, waits, and opens it, until it opens. Errors: that of the request, or of the last attempt to open.
     fn reopen(&self, tries: &mut impl Iterator<Item = Duration>, mut error: Error) -> Result<()> {
         for delay in tries {
-            (self.sleep)(delay);
+            let connection = &self.client.connection;
+            connection.debug(format_args!("retry: {error}; waiting {delay:?} before retrying"));
+            if (self.sleep)(connection, delay).is_err() {
+                break;
+            }
             let before = {
                 let mut state = self.state();
                 state.reopened = true;
@@ -307,6 +318,10 @@ impl Device for RetryDevice {
 
     fn capabilities(&self) -> Result<Capabilities> {
         Ok(Capabilities { takes_blocks: false, ..self.opened()?.capabilities })
+    }
+
+    fn takes_any_size(&self) -> bool {
+        self.opened().is_ok_and(|opened| opened.device.takes_any_size())
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
@@ -420,15 +435,16 @@ impl RetryDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filters::testing::{Script, Scripted};
+    use crate::filters::next::testing::{Script, Scripted};
 
     std::thread_local! {
         static SLEPT: std::cell::RefCell<Vec<u64>> = const { std::cell::RefCell::new(Vec::new()) };
     }
 
-    /// Notes the seconds instead of waiting for them.
-    fn sleep(delay: Duration) {
+    /// Notes the seconds instead of waiting for them; after a minute the client has gone.
+    fn sleep(_: &Connection, delay: Duration) -> Result<()> {
         SLEPT.with_borrow_mut(|slept| slept.push(delay.as_secs()));
+        if delay.as_secs() > 60 { Err(Error::failed(ErrorCode::Shutdown, "gone")) } else { Ok(()) }
     }
 
     fn slept() -> Vec<u64> {
@@ -470,6 +486,15 @@ mod tests {
         assert_eq!(device.flush(CALL).unwrap_err().code(), ErrorCode::NoSpace);
         assert_eq!(slept(), [2, 2]);
         device.flush(CALL).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_tried_any_more_for_a_client_that_has_gone() {
+        let script = Script::new(vec![0; 10]);
+        let device = open(&script, Retry { retries: 100, ..Retry::default() }).unwrap();
+        script.fail("flush", 100);
+        assert_eq!(device.flush(CALL).unwrap_err().code(), ErrorCode::NoSpace);
+        assert_eq!(slept(), [2, 4, 8, 16, 32, 64]);
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbdcaptive_actors::device::{
-    Blocks, Call, Capabilities, Client, Device, ErrorCode, Exports, Extents, Flags, Result, Segments, ThreadModel,
+    Blocks, Call, Capabilities, Client, Connection, Device, ErrorCode, Exports, Extents, Flags, Result, Segments,
+    ThreadModel,
 };
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
@@ -33,18 +34,25 @@ pub static ABOUT: About = About {
 /// The most times that a request may be repeated.
 const MAX_RETRIES: u32 = 1000;
 
+/// How it waits. Not the whole time where the client leaves or the server ends.
+type Sleep = fn(&Connection, Duration) -> Result<()>;
+
+fn sleep(connection: &Connection, delay: Duration) -> Result<()> {
+    connection.sleep(&Call::BLOCKING, delay)
+}
+
 /// The filter.
 #[derive(Clone, Debug)]
 pub struct RetryRequest {
     retries: u32,
     delay: Duration,
     open: bool,
-    sleep: fn(Duration),
+    sleep: Sleep,
 }
 
 impl Default for RetryRequest {
     fn default() -> RetryRequest {
-        RetryRequest { retries: 2, delay: Duration::from_secs(2), open: true, sleep: std::thread::sleep }
+        RetryRequest { retries: 2, delay: Duration::from_secs(2), open: true, sleep }
     }
 }
 
@@ -80,15 +88,17 @@ impl Filter for RetryRequest {
 }
 
 impl RetryRequest {
-    fn retry<T>(&self, mut what: impl FnMut() -> Result<T>) -> Result<T> {
+    fn retry<T>(&self, connection: &Connection, mut what: impl FnMut() -> Result<T>) -> Result<T> {
         let mut tries = 0;
         loop {
-            match what() {
-                Err(_) if tries < self.retries => {
-                    tries += 1;
-                    (self.sleep)(self.delay);
-                }
+            let error = match what() {
+                Err(error) if tries < self.retries => error,
                 done => return done,
+            };
+            tries += 1;
+            connection.debug(format_args!("retry {tries}: {error}; waiting {:?} before retrying", self.delay));
+            if (self.sleep)(connection, self.delay).is_err() {
+                return Err(error);
             }
         }
     }
@@ -106,8 +116,9 @@ impl FilterExports for Retries {
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
         let open = || self.next.open(client);
-        let next = if self.settings.open { self.settings.retry(open) } else { open() }?;
-        Ok(Box::new(Filtered(RetryDevice { next, settings: self.settings.clone() })))
+        let next = if self.settings.open { self.settings.retry(&client.connection, open) } else { open() }?;
+        let connection = client.connection.clone();
+        Ok(Box::new(Filtered(RetryDevice { next, settings: self.settings.clone(), connection })))
     }
 }
 
@@ -115,11 +126,16 @@ impl FilterExports for Retries {
 struct RetryDevice {
     next: Box<dyn Device>,
     settings: RetryRequest,
+    connection: Connection,
 }
 
 impl RetryDevice {
+    fn retry<T>(&self, what: impl FnMut() -> Result<T>) -> Result<T> {
+        self.settings.retry(&self.connection, what)
+    }
+
     fn retry_extents(&self, extents: &mut Extents, what: impl Fn(&mut Extents) -> Result<()>) -> Result<()> {
-        *extents = self.settings.retry(|| {
+        *extents = self.retry(|| {
             // What a failed attempt has described is forgotten.
             let mut fresh = Extents::new(extents.offset(), extents.length(), extents.one());
             what(&mut fresh)?;
@@ -135,7 +151,7 @@ impl filter::Filter for RetryDevice {
     }
 
     fn size(&self) -> Result<u64> {
-        self.settings.retry(|| self.next.size())
+        self.retry(|| self.next.size())
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
@@ -148,19 +164,19 @@ impl filter::Filter for RetryDevice {
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
-        self.settings.retry(|| self.next.read(buffer, offset, call))
+        self.retry(|| self.next.read(buffer, offset, call))
     }
 
     fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> Result<()> {
         let start = reply.mark();
-        self.settings.retry(|| {
+        self.retry(|| {
             reply.truncate(start);
             self.next.read_segments(reply, length, offset, call)
         })
     }
 
     fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
-        self.settings.retry(|| self.next.write(data, offset, flags, call))
+        self.retry(|| self.next.write(data, offset, flags, call))
     }
 
     fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
@@ -168,23 +184,23 @@ impl filter::Filter for RetryDevice {
     }
 
     fn flush(&self, call: &Call) -> Result<()> {
-        self.settings.retry(|| self.next.flush(call))
+        self.retry(|| self.next.flush(call))
     }
 
     fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
-        self.settings.retry(|| self.next.trim(length, offset, flags, call))
+        self.retry(|| self.next.trim(length, offset, flags, call))
     }
 
     fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
         // That zeroes have to be written is an answer, and no failure.
-        self.settings.retry(|| match self.next.zero(length, offset, flags, call) {
+        self.retry(|| match self.next.zero(length, offset, flags, call) {
             Err(error) if error.code() == ErrorCode::NotSupported => Ok(Err(error)),
             done => done.map(Ok),
         })?
     }
 
     fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
-        self.settings.retry(|| self.next.cache(length, offset, call))
+        self.retry(|| self.next.cache(length, offset, call))
     }
 
     fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
@@ -199,15 +215,31 @@ impl filter::Filter for RetryDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filters::testing::{Script, Scripted};
+    use crate::filters::next::testing::{Script, Scripted};
 
     fn open(script: &Arc<Script>, settings: RetryRequest) -> Result<Box<dyn Device>> {
         let next = Arc::new(Scripted(Arc::clone(script)));
-        let settings = RetryRequest { sleep: |delay| assert_eq!(delay, Duration::from_secs(2)), ..settings };
+        let settings = RetryRequest { sleep: no_sleep, ..settings };
         FilteredExports(Retries { next, settings }).open(&Client::default())
     }
 
+    fn no_sleep(_: &Connection, delay: Duration) -> Result<()> {
+        assert_eq!(delay, Duration::from_secs(2));
+        Ok(())
+    }
+
     const CALL: &Call = &Call::BLOCKING;
+
+    #[test]
+    fn nothing_is_tried_any_more_for_a_client_that_has_gone() {
+        let script = Script::new(vec![0; 10]);
+        let gone: Sleep = |_, _| Err(nbdcaptive_actors::device::Error::failed(ErrorCode::Shutdown, "gone"));
+        let settings = RetryRequest { sleep: gone, ..RetryRequest::default() };
+        let next = Arc::new(Scripted(Arc::clone(&script)));
+        let device = FilteredExports(Retries { next, settings }).open(&Client::default()).unwrap();
+        script.fail("flush", 1);
+        assert_eq!(device.flush(CALL).unwrap_err().code(), ErrorCode::NoSpace);
+    }
 
     #[test]
     fn a_request_is_made_three_times_at_most() {

@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use nbdcaptive_actors::device::{Call, Client, Device, Exports, Result, Segments, Support, ThreadModel};
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
-use crate::filters::ask;
+use super::next::ask;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::values;
 
@@ -93,8 +93,20 @@ impl FilterExports for Scans {
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
         let next = self.next.open(client)?;
         let (next, (size, cache)) = ask(next, |next| Ok((next.size()?, next.capabilities()?.cache)))?;
-        let parallel = self.next.thread_model() == ThreadModel::Parallel;
-        if cache != Support::Native || !parallel || !client.export_name.is_empty() {
+        let hindrance = if !client.export_name.is_empty() {
+            Some("not the default export, not scanning")
+        } else if self.next.thread_model() != ThreadModel::Parallel {
+            Some("underlying plugin does not support the PARALLEL thread model, not scanning")
+        } else if cache != Support::Native {
+            Some(
+                "underlying plugin does not support NBD_CMD_CACHE, not scanning; try adding --filter=cache after this \
+                 filter",
+            )
+        } else {
+            None
+        };
+        if let Some(hindrance) = hindrance {
+            client.connection.error(format_args!("scan: warning: {hindrance}"));
             return Ok(next);
         }
         let next: Arc<dyn Device> = Arc::from(next);

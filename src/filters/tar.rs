@@ -13,7 +13,7 @@ use nbdcaptive_actors::device::{
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 use tar::{EntryType, Header, PaxExtensions};
 
-use crate::filters::ask;
+use super::next::ask;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::values;
 

@@ -15,7 +15,7 @@ use nbdcaptive_actors::device::{
 };
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
-use crate::filters::{Stream, ask};
+use super::next::{Stream, ask};
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::overlay::Sink;
 use crate::values;

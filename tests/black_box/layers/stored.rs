@@ -455,3 +455,136 @@ fn retrying_changes_nothing_where_nothing_fails() {
         same(&["--filter", filter, "memory", "1M"], &operations);
     }
 }
+
+/// A plugin of 64 KiB whose METHOD fails the first TIMES times, and that notes in `log` what is called.
+fn failing(method: &str, times: u32) -> Vec<String> {
+    let scripts = [
+        ("open", "echo handle"),
+        ("close", ":"),
+        ("get_size", "echo 65536"),
+        ("pread", "head -c $3 /dev/zero"),
+        ("pwrite", "cat > /dev/null"),
+        ("flush", ":"),
+        ("trim", ":"),
+        ("zero", ":"),
+        ("extents", "echo 0 65536"),
+    ];
+    let fails = format!(
+        "count=$(cat count 2>/dev/null || echo 0); echo $((count + 1)) > count; \
+         if [ $count -lt {times} ]; then echo 'ENOSPC failed' >&2; exit 1; fi; "
+    );
+    let script = |name: &str, script: &str| {
+        let fails = if name == method { &fails } else { "" };
+        // Scripts run in a directory of their own.
+        let note = if name == "get_size" { "" } else { "echo $1 >> \"$LOG\"; cd \"${LOG%/*}\"; " };
+        format!("{name}={note}{fails}{script}")
+    };
+    scripts.map(|(name, text)| script(name, text)).to_vec()
+}
+
+/// One server in front of a plugin that fails: the answers, and what the plugin was asked.
+fn served(
+    is_nbdkit: bool,
+    filter: &str,
+    parameters: &[&str],
+    failing: &[String],
+    operations: &[&str],
+) -> (String, String) {
+    let room = Room::new();
+    let mut arguments = vec!["--filter", filter, "eval"];
+    arguments.extend(failing.iter().map(String::as_str).chain(parameters.iter().copied()));
+    let answers = operate(&room, operations, |command| {
+        let mut launch =
+            if is_nbdkit { room.nbdkit_captive(&arguments, command) } else { room.captive(&arguments, command) };
+        launch.env("LOG", room.path("log"));
+        launch
+    });
+    let log = fs::read_to_string(room.path("log")).expect("the plugin was opened").replace('\n', " ");
+    // At the end this server flushes what was written.
+    let end = if is_nbdkit { None } else { log.strip_suffix("flush close ") };
+    (answers, end.map_or(log.clone(), |log| format!("{log}close ")))
+}
+
+/// As [`served`], by both.
+fn retried(filter: &str, parameters: &[&str], failing: &[String], operations: &[&str]) -> (String, String) {
+    let [ours, theirs] = [false, true].map(|is_nbdkit| served(is_nbdkit, filter, parameters, failing, operations));
+    assert_eq!(ours, theirs, "left is ours, right is nbdkit's");
+    ours
+}
+
+#[test]
+fn retry_opens_the_plugin_again() {
+    let fast = ["retry-delay=1", "retry-exponential=no", "retries=2"];
+    for (method, operation) in [
+        ("pread", "read 512 0"),
+        ("pwrite", "write aabb 0"),
+        ("flush", "flush"),
+        ("trim", "trim 512 0"),
+        ("zero", "zero 512 0"),
+        ("extents", "extents 65536 0"),
+    ] {
+        let (answers, log) = retried("retry", &fast, &failing(method, 1), &[operation, "read 4 0"]);
+        assert!(!answers.contains("ENOSPC"), "{answers}");
+        assert_eq!(log, format!("open {method} close open {method} pread close "));
+    }
+    let (answers, _) = retried("retry", &fast, &failing("pread", 3), &["read 512 0", "read 4 0"]);
+    assert_eq!(answers, "read 512 0: ENOSPC\nread 4 0: 00000000\n");
+    let read_only = ["retry-delay=1", "retry-readonly=yes"];
+    let (answers, _) =
+        retried("retry", &read_only, &failing("pwrite", 1), &["write aabb 0", "write aabb 0", "read 4 0"]);
+    assert_eq!(answers, "write aabb 0: EPERM\nwrite aabb 0: EPERM\nread 4 0: 00000000\n");
+    // nbdkit did not do that before 1.34.
+    let (answers, log) = served(false, "retry", &fast, &failing("open", 2), &["read 4 0"]);
+    assert_eq!((&*answers, &*log), ("read 4 0: 00000000\n", "open open open pread close "));
+}
+
+#[test]
+fn retry_request_repeats_requests() {
+    let fast = ["retry-request-delay=1"];
+    for (method, operation) in [
+        ("pread", "read 512 0"),
+        ("pwrite", "write aabb 0"),
+        ("flush", "flush"),
+        ("trim", "trim 512 0"),
+        ("zero", "zero 512 0"),
+        ("extents", "extents 65536 0"),
+    ] {
+        let (answers, log) = retried("retry-request", &fast, &failing(method, 1), &[operation, "read 4 0"]);
+        assert!(!answers.contains("ENOSPC"), "{answers}");
+        assert_eq!(log, format!("open {method} {method} pread close "));
+    }
+    let (answers, _) = retried("retry-request", &fast, &failing("pread", 3), &["read 512 0", "read 4 0"]);
+    assert_eq!(answers, "read 512 0: ENOSPC\nread 4 0: 00000000\n");
+    let (answers, log) = retried("retry-request", &fast, &failing("open", 2), &["read 4 0"]);
+    assert_eq!((&*answers, &*log), ("read 4 0: 00000000\n", "open open open pread close "));
+    let no_open = ["retry-request-delay=1", "retry-request-open=false"];
+    let (answers, _) = retried("retry-request", &no_open, &failing("open", 1), &["export", "read 4 0"]);
+    assert_eq!(answers, "export: refused\nread 4 0: 00000000\n");
+}
+
+/// A server that ends does not wait until a request has been tried often enough.
+#[test]
+fn retrying_ends_with_the_server() {
+    for (filter, delay) in [("retry", "retry-delay=1000"), ("retry-request", "retry-request-delay=1000")] {
+        let room = Room::new();
+        let mut arguments = vec!["--filter".to_owned(), filter.to_owned(), "eval".to_owned(), delay.to_owned()];
+        arguments.extend(failing("pread", 100));
+        let server = room.serve_with(&arguments, |launch| {
+            launch.env("LOG", room.path("log"));
+        });
+        let mut client = room.tool("qemu-io", ["-f", "raw", "-c", "read 0 512"]);
+        let client = client.args([server.uri()]).start();
+        crate::harness::wait_for("the first attempt", || fs::read_to_string(room.path("count")).ok().map(drop));
+        server.terminate().expect(0);
+        assert!(client.finish().text().contains("read failed"));
+    }
+}
+
+#[test]
+fn filters_that_can_do_nothing_say_so() {
+    let room = Room::new();
+    let output = room.captive(["--filter=readahead", "eval", "get_size=echo 1"], "nbdinfo --size \"$uri\"").run_to(0);
+    assert!(output.stderr.contains("readahead: warning: underlying plugin does not support"), "{output:#?}");
+    let output = room.captive(["--filter=scan", "memory", "1M", "-e", "name"], "nbdinfo --size \"$uri\"").run_to(0);
+    assert!(output.stderr.contains("scan: warning: not the default export, not scanning"), "{output:#?}");
+}
