@@ -8,14 +8,16 @@ use std::sync::Arc;
 
 use nbdcaptive_actors::device::{Exports, ThreadModel};
 
+use crate::text;
+
 /// A `key=value` that a layer takes.
 #[derive(Debug)]
 pub struct Parameter {
     /// The key, as nbdkit spells it.
     pub key: &'static str,
-    /// What stands for the value in help: `<SIZE>`.
+    /// What stands for the value in help: `<SIZE>`, `<BOOL>|/PATH`, `none|emulate`. Completion reads it too.
     pub value: &'static str,
-    /// One line for people.
+    /// What it is for: a [`text`] with its line.
     pub help: &'static str,
     /// The layer does not work without it.
     pub required: bool,
@@ -30,7 +32,8 @@ pub const KEPT_FROM_COMMAND: [&str; 2] = ["exit-when-pipe-closed", "exit-when-fd
 pub struct About {
     /// The short name on the command line.
     pub name: &'static str,
-    /// One line for people.
+    /// What it is: a [`text`] with its line. The rest describes it in the manual page, which lists the parameters itself, and
+    /// has a section `# Examples` of commands that work as they stand.
     pub summary: &'static str,
     /// Everything it takes.
     pub parameters: &'static [Parameter],
@@ -40,6 +43,20 @@ pub struct About {
     pub thread_model: ThreadModel,
     /// Further `key=value` lines of `--dump-plugin`.
     pub dump: &'static [(&'static str, &'static str)],
+}
+
+impl Parameter {
+    /// What it is for, in one line.
+    pub fn line(&self) -> &'static str {
+        text::line(self.help)
+    }
+}
+
+impl About {
+    /// What it is, in one line.
+    pub fn line(&self) -> &'static str {
+        text::line(self.summary)
+    }
 }
 
 /// A parameter, or the set of them, that a layer cannot work with. Reads as one line, without the program's name.

@@ -11,6 +11,7 @@
 //! | `values.rs` | sizes, delays, booleans, numbers as nbdkit writes them |
 //! | `config.rs` | words become a stack of plugin and filters; files are opened here, nothing is created |
 //! | `layer.rs` | what a plugin and a filter are to the command line |
+//! | `text.rs` | how help and manual pages get their texts from what they describe |
 //! | `plugins/`, `filters/` | one file each |
 //! | `server.rs` | the process that serves: listens, tells it is ready, waits for the engine, cleans up |
 //! | `listen.rs` | sockets, private directories, pid files: what is made on disk and taken away again |
@@ -45,6 +46,7 @@ pub mod program;
 pub mod report;
 pub mod server;
 pub mod sweeper;
+pub mod text;
 pub mod uri;
 pub mod user;
 pub mod values;

@@ -28,12 +28,12 @@ Options:
 "
     );
     for spec in OPTIONS.iter().filter(|spec| !spec.help.is_empty()) {
-        text += &entry(&option(spec), spec.help);
+        text += &entry(&option(spec), spec.line());
     }
     for (title, layers) in [("Plugins", plugins), ("Filters", filters)] {
         text += &format!("\n{title}:\n");
         for about in layers {
-            text += &entry(&format!("  {}", about.name), about.summary);
+            text += &entry(&format!("  {}", about.name), about.line());
         }
     }
     text += &format!(
@@ -53,11 +53,11 @@ Examples:
 /// What `--help` adds for one layer. `kind` is `plugin` or `filter`.
 pub fn layer_help(kind: &str, about: &About) -> String {
     let mut text = format!("\n{kind}: {}\n", about.name);
-    text += &wrapped("", 0, about.summary);
+    text += &wrapped("", 0, about.line());
     for parameter in about.parameters {
         let magic = if about.magic_key == Some(parameter.key) { " The key may be left out." } else { "" };
         let required = if parameter.required { "(required) " } else { "" };
-        let help = format!("{required}{}{magic}", parameter.help);
+        let help = format!("{required}{}{magic}", parameter.line());
         text += &entry(&format!("  {}={}", parameter.key, parameter.value), &help);
     }
     text
@@ -141,7 +141,7 @@ mod tests {
         let text = help("nbdcaptive", &[], &[]);
         for spec in OPTIONS.iter().filter(|spec| !spec.help.is_empty()) {
             assert_eq!(
-                text.lines().filter(|line| line.starts_with(&option(spec)) && line.ends_with(spec.help)).count(),
+                text.lines().filter(|line| line.starts_with(&option(spec)) && line.ends_with(spec.line())).count(),
                 1
             );
         }

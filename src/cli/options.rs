@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, Command, value_parser};
 
 use super::{ExitWithParent, Family, LogTo, Options, Request, Tls, Unix};
-use crate::values;
+use crate::{text, values};
 
 /// One option: how it is written, what it says to people, and what it sets.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub struct OptionSpec {
     pub short: Option<char>,
     /// The names after `--`. The first is the one in help and in clap; the others are nbdkit's aliases.
     pub long: &'static [&'static str],
-    /// One line for people. Empty: not for people.
+    /// What it does: a [`text`] with its line. Empty: not for people.
     pub help: &'static str,
     pub(super) effect: Effect,
 }
@@ -53,6 +53,11 @@ impl OptionSpec {
     /// Whether the value may be left out.
     pub fn value_is_optional(&self) -> bool {
         matches!(self.effect, Effect::Optional(..))
+    }
+
+    /// What it does, in one line.
+    pub fn line(&self) -> &'static str {
+        text::line(self.help)
     }
 
     /// The name that stands for the option wherever one is enough.
@@ -427,7 +432,7 @@ pub(super) const WORDS: &str = "words";
 pub fn command() -> Command {
     let options = OPTIONS.iter().map(|spec| {
         let arg = Arg::new(spec.name()).long(spec.name()).aliases(&spec.long[1..]).short(spec.short);
-        let arg = arg.help(spec.help).hide(spec.help.is_empty());
+        let arg = arg.help(spec.line()).hide(spec.help.is_empty());
         match spec.effect {
             Effect::Flag(_) | Effect::Ask(_) | Effect::AskAtOnce(_) => arg.action(ArgAction::SetTrue),
             Effect::Value(name, _) => arg
