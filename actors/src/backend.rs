@@ -22,6 +22,7 @@ use smol::lock::{Mutex, MutexGuardArc, Semaphore, SemaphoreGuardArc};
 
 use crate::blocks::Blocks;
 use crate::buffers::Buffers;
+use crate::connection::Connection;
 use crate::coordinator::{self, Cause};
 use crate::device::{
     Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments, Support,
@@ -260,6 +261,7 @@ pub(crate) struct Backend {
     gates: Gates,
     threads: usize,
     buffers: Buffers,
+    connection: Connection,
     speaker: Speaker,
     coordinator: coordinator::Handle,
     waiting: VecDeque<Work>,
@@ -321,7 +323,13 @@ enum Event {
 }
 
 impl Backend {
-    pub(crate) fn new(opened: Opened, agreement: Agreement, surroundings: &Surroundings, speaker: Speaker) -> Backend {
+    pub(crate) fn new(
+        opened: Opened,
+        agreement: Agreement,
+        surroundings: &Surroundings,
+        connection: &Connection,
+        speaker: Speaker,
+    ) -> Backend {
         let Surroundings { buffers, rules, .. } = surroundings;
         let parallel = opened.gates.model == ThreadModel::Parallel;
         Backend {
@@ -331,6 +339,7 @@ impl Backend {
             gates: opened.gates,
             threads: if parallel { rules.threads.max(1) } else { 1 },
             buffers: buffers.clone(),
+            connection: connection.clone(),
             speaker,
             coordinator: opened.coordinator,
             waiting: VecDeque::new(),
@@ -466,7 +475,8 @@ impl Backend {
         }
         let Ok(alone) = self.gates.try_alone() else { return false };
         let payload = work.payload.as_mut();
-        let target = Target { device: &*self.device, agreement: &self.agreement, coordinator: &self.coordinator };
+        let Backend { device, agreement, connection, coordinator, .. } = self;
+        let target = Target { device: &**device, agreement, connection, coordinator };
         let answered = answer(target, command, work.to, payload, &Call::AT_ONCE, out);
         drop(alone);
         match answered {
@@ -490,7 +500,7 @@ impl Backend {
             let mut segments = self.buffers.reply();
             let buffers = self.buffers.clone();
             let speaker = self.speaker.clone();
-            let coordinator = self.coordinator.clone();
+            let (connection, coordinator) = (self.connection.clone(), self.coordinator.clone());
             let returned = self.written.returned;
             let pool = self.pool.get_or_insert_with(|| {
                 let (done, completions) = async_channel::bounded(self.threads);
@@ -502,7 +512,12 @@ impl Backend {
                 let mut flushed = None;
                 let command = work.command.ok();
                 if let Some(command) = command {
-                    let target = Target { device: &*device, agreement: &agreement, coordinator: &coordinator };
+                    let target = Target {
+                        device: &*device,
+                        agreement: &agreement,
+                        connection: &connection,
+                        coordinator: &coordinator,
+                    };
                     let answered =
                         answer(target, command, work.to, work.payload.as_mut(), &Call::BLOCKING, &mut segments);
                     if let Answer::Failed(why) = &answered {
@@ -566,18 +581,24 @@ enum Answer {
 struct Target<'a> {
     device: &'a dyn Device,
     agreement: &'a Agreement,
+    connection: &'a Connection,
     coordinator: &'a coordinator::Handle,
 }
 
 /// Carries out `command` and appends its reply, or an error reply, to `out`; nothing if it would have to wait.
 fn answer(
-    Target { device, agreement, coordinator }: Target<'_>,
+    Target { device, agreement, connection, coordinator }: Target<'_>,
     command: Command,
     to: ReplyTo,
     payload: Option<&mut Payload>,
     call: &Call,
     out: &mut Segments,
 ) -> Answer {
+    if connection.refuses() {
+        let why = "the device has disconnected the client";
+        to.error(out, ErrorCode::Shutdown, why);
+        return Answer::Failed(why.to_owned());
+    }
     let start = out.mark();
     let attempt = calmly(coordinator, || carry_out(device, agreement, command, to, payload, call, out));
     let error = match attempt {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use event_listener::{Event, listener};
@@ -25,6 +25,8 @@ pub struct Connection(Option<Arc<Inner>>);
 struct Inner {
     /// [`OPEN`], then [`CUT`] perhaps, then [`OVER`].
     state: AtomicU8,
+    /// Nothing more is asked of the device for the client.
+    refuses: AtomicBool,
     ended: Event,
     orders: Orders,
     speaker: Speaker,
@@ -39,8 +41,8 @@ const OVER: u8 = 2;
 
 impl Connection {
     pub(crate) fn new(orders: Orders, speaker: Speaker, world: World) -> Connection {
-        let (state, ended) = (AtomicU8::new(OPEN), Event::new());
-        Connection(Some(Arc::new(Inner { state, ended, orders, speaker, world })))
+        let (state, refuses, ended) = (AtomicU8::new(OPEN), AtomicBool::new(false), Event::new());
+        Connection(Some(Arc::new(Inner { state, refuses, ended, orders, speaker, world })))
     }
 
     /// For a device that outlives the client it was opened for: ends with the server and not before.
@@ -88,6 +90,14 @@ impl Connection {
         }
     }
 
+    /// Answers what the client asks for from now on with [`ErrorCode::Shutdown`], without the device. What is under way is done
+    /// and answered, the client may stay as long as it likes, and the device is flushed and closed as ever.
+    pub fn refuse(&self) {
+        if let Some(inner) = &self.0 {
+            inner.refuses.store(true, Ordering::SeqCst);
+        }
+    }
+
     /// A line for `-v`.
     pub fn debug(&self, line: fmt::Arguments<'_>) {
         if let Some(inner) = &self.0 {
@@ -105,6 +115,11 @@ impl Connection {
     /// Whether the device has asked for the end.
     pub(crate) fn is_cut(&self) -> bool {
         self.0.as_ref().is_some_and(|inner| inner.state.load(Ordering::SeqCst) == CUT)
+    }
+
+    /// Whether the device wants to be asked for nothing more.
+    pub(crate) fn refuses(&self) -> bool {
+        self.0.as_ref().is_some_and(|inner| inner.refuses.load(Ordering::SeqCst))
     }
 
     /// Nobody waits for replies any more.

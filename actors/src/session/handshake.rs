@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::future::pending;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ use smol::lock::MutexGuardArc;
 use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{calmly, open};
 use crate::coordinator::Message;
-use crate::device::{Capabilities, Client, Connection, Exports, MetaContext, Result as DeviceResult};
+use crate::device::{Capabilities, Client, Connection, Error, Exports, MetaContext, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
@@ -102,6 +103,7 @@ impl Handshake<'_> {
             let anybody = self.client(Vec::new());
             let looked = self.ask(anybody, |exports, client| exports.preconnect(client)).await;
             looked.map_err(|error| End::Broken(error.to_string()))?;
+            self.check_not_cut()?;
         }
         if self.surroundings.rules.oldstyle {
             let (agreed, flags) = self.open(Vec::new()).await?.map_err(End::Broken)?;
@@ -127,10 +129,16 @@ impl Handshake<'_> {
             if let Next::Chosen(agreed) = self.option(header, fixed, no_zeroes).await? {
                 return self.choose(*agreed).await;
             }
+            self.check_not_cut()?;
         }
         // The last option is answered like any other.
         self.flush().await?;
         Err(End::Broken("client spent too much time negotiating without selecting an export".into()))
+    }
+
+    /// The device has had enough of the client.
+    fn check_not_cut(&self) -> Result<(), End> {
+        if self.connection.is_cut() { Err(End::Cut) } else { Ok(()) }
     }
 
     async fn option(&mut self, header: OptionHeader, fixed: bool, no_zeroes: bool) -> Result<Next, End> {
@@ -232,9 +240,30 @@ impl Handshake<'_> {
 
     async fn close(&mut self, agreed: Agreed) {
         if let Err(error) = agreed.opened.close().await {
-            self.speaker.error(format_args!("closing the device: {error}"));
-            self.failure.get_or_insert_with(|| error.to_string());
+            self.note(&error);
         }
+    }
+
+    /// A device could not be closed.
+    fn note(&mut self, error: &Error) {
+        self.speaker.error(format_args!("closing the device: {error}"));
+        self.failure.get_or_insert_with(|| error.to_string());
+    }
+
+    /// Waits for what the device was asked. That cannot be taken back, and the exports are unloaded only after it, so it is waited
+    /// for although the server is ending; but the client, who was promised nothing, sees the end of the connection at once.
+    async fn of_the_device<T>(&mut self, call: impl Future<Output = T>) -> T {
+        let mut call = pin!(call);
+        let draining = async {
+            self.surroundings.orders.draining().await;
+            None
+        };
+        // The answer wins, so that it is taken where both are there.
+        if let Some(answer) = or(async { Some(call.as_mut().await) }, draining).await {
+            return answer;
+        }
+        self.transport.finish();
+        call.await
     }
 
     async fn export(&mut self, option: u32, query: ExportQuery) -> Result<Next, End> {
@@ -296,8 +325,7 @@ impl Handshake<'_> {
         }
     }
 
-    /// Opens the export `name` and says what was agreed about it; or why it is not to be had. An open that has begun is
-    /// waited for, although the server is ending: it cannot be taken back, and the exports are unloaded only after it.
+    /// Opens the export `name` and says what was agreed about it; or why it is not to be had.
     async fn open(&mut self, name: Vec<u8>) -> Result<Result<(Agreed, u16), String>, End> {
         let shown = String::from_utf8_lossy(&name);
         self.speaker.debug(format_args!("newstyle negotiation: client requested export '{shown}'"));
@@ -305,8 +333,14 @@ impl Handshake<'_> {
         let turn = in_time(self.surroundings, self.deadline, async { Ok(gates.enter().await) }).await?;
         let contexts = self.contexts.as_ref().filter(|(export, _)| *export == name).map(|(_, contexts)| *contexts);
         let exports = Arc::clone(&self.surroundings.exports);
-        let opened = match open(exports, self.client(name), gates.clone(), self.surroundings.coordinator.clone()).await
-        {
+        let opening = open(exports, self.client(name), gates.clone(), self.surroundings.coordinator.clone());
+        let opened = match self.of_the_device(opening).await {
+            Ok(opened) if self.connection.is_cut() => {
+                if let Err(error) = opened.close().await {
+                    self.note(&error);
+                }
+                return Err(End::Cut);
+            }
             Ok(opened) => opened,
             Err(error) => {
                 self.speaker.error(format_args!("{error}"));
@@ -336,7 +370,9 @@ impl Handshake<'_> {
     ) -> DeviceResult<T> {
         let exports = Arc::clone(&self.surroundings.exports);
         let coordinator = self.surroundings.coordinator.clone();
-        self.surroundings.gates.apart(move || calmly(&coordinator, || question(&*exports, &client))).await
+        let gates = &self.surroundings.gates;
+        let asking = gates.apart(move || calmly(&coordinator, || question(&*exports, &client)));
+        self.of_the_device(asking).await
     }
 
     async fn list(&mut self) -> Result<(), End> {

@@ -222,7 +222,7 @@ async fn serve(
     visit.negotiated = true;
 
     let Agreed { opened, agreement, left_over, turn } = agreed;
-    let backend = Backend::new(opened, agreement, surroundings, speaker.clone());
+    let backend = Backend::new(opened, agreement, surroundings, &connection, speaker.clone());
     let closed_at_once = async {
         orders.closing().await;
         (End::Drained, Ok(()))

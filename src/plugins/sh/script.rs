@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, OsStr};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nbdcaptive_actors::device::{
-    self, BlockSize, Call, Capabilities, Client, Device, Error, ErrorCode, Export, Exports, Extents, Flags, Segments,
-    Support, ThreadModel,
+    self, BlockSize, Call, Capabilities, Client, Connection, Device, Error, ErrorCode, Export, Exports, Extents, Flags,
+    Segments, Support, ThreadModel,
 };
 use nbdcaptive_actors::protocol::constants::NBD_MAX_STRING;
 use nix::sys::wait::WaitStatus;
@@ -72,25 +71,23 @@ pub enum Answer {
     False,
 }
 
-/// A connection's state that scripts may change.
-#[derive(Debug, Default)]
-struct Connection {
-    /// Nothing more is asked of the script.
-    is_refused: AtomicBool,
-}
-
 /// How a method is called.
 struct Asked<'a> {
     words: &'a [&'a [u8]],
     input: &'a [u8],
     enough: usize,
     phase: Phase,
-    connection: Option<&'a Connection>,
+    /// Which the script may end.
+    connection: Connection,
 }
 
 impl<'a> Asked<'a> {
     fn of(words: &'a [&'a [u8]]) -> Asked<'a> {
-        Asked { words, input: &[], enough: TEXT + 1, phase: Phase::Serving, connection: None }
+        Asked { words, input: &[], enough: TEXT + 1, phase: Phase::Serving, connection: Connection::default() }
+    }
+
+    fn by(connection: &Connection, words: &'a [&'a [u8]]) -> Asked<'a> {
+        Asked { connection: connection.clone(), ..Asked::of(words) }
     }
 }
 
@@ -126,11 +123,11 @@ impl Scripts {
             }
             other => return Err(Error::failed(ErrorCode::Io, format!("{name}: unexpected end: {other:?}"))),
         };
-        if let 4 | 5 = status {
-            self.server.iter().for_each(Server::shut_down);
-        }
-        if let (6..=8, Some(connection)) = (status, asked.connection) {
-            connection.is_refused.store(true, Ordering::Relaxed);
+        match status {
+            4 | 5 => self.server.iter().for_each(Server::shut_down),
+            6 => asked.connection.disconnect(),
+            7 | 8 => asked.connection.refuse(),
+            _ => {}
         }
         match status {
             0 | 4 | 7 => Ok(Answer::Done(ran.output)),
@@ -281,7 +278,8 @@ impl ScriptExports {
     /// The name for the empty name. Nothing: there is none.
     fn resolve_default(&self, client: &Client) -> device::Result<Option<Vec<u8>>> {
         let words = [boolean(client.read_only), boolean(client.is_tls)];
-        let Some(text) = self.scripts.text("default_export", Asked::of(&words))? else { return Ok(Some(Vec::new())) };
+        let asked = Asked::by(&client.connection, &words);
+        let Some(text) = self.scripts.text("default_export", asked)? else { return Ok(Some(Vec::new())) };
         let (_, list) = list_format(&text);
         let name = list.split(|byte| *byte == b'\n').next().unwrap_or_default();
         Ok((name.len() <= NBD_MAX_STRING).then(|| name.to_vec()))
@@ -301,12 +299,12 @@ impl Exports for ScriptExports {
     }
 
     fn preconnect(&self, client: &Client) -> device::Result<()> {
-        self.scripts.done("preconnect", Asked::of(&[boolean(client.read_only)])).map(drop)
+        self.scripts.done("preconnect", Asked::by(&client.connection, &[boolean(client.read_only)])).map(drop)
     }
 
     fn list(&self, client: &Client) -> device::Result<Vec<Export>> {
         let words = [boolean(client.read_only), boolean(client.is_tls)];
-        match self.scripts.text("list_exports", Asked::of(&words))? {
+        match self.scripts.text("list_exports", Asked::by(&client.connection, &words))? {
             Some(text) => exports(&text),
             None => {
                 let name = self.resolve_default(client).ok().flatten();
@@ -325,10 +323,9 @@ impl Exports for ScriptExports {
             let no_default = || Error::failed(ErrorCode::Invalid, "default export (\"\") not permitted");
             name = self.resolve_default(client)?.ok_or_else(no_default)?;
         }
-        let connection = Connection::default();
+        let connection = client.connection.clone();
         let words = [boolean(client.read_only), &name, boolean(client.is_tls)];
-        let asked = Asked { connection: Some(&connection), ..Asked::of(&words) };
-        let handle = self.scripts.line("open", asked)?.unwrap_or_default();
+        let handle = self.scripts.line("open", Asked::by(&connection, &words))?.unwrap_or_default();
         let scripts = Arc::clone(&self.scripts);
         let state = Arc::new(State { scripts, handle, is_read_only: client.read_only, connection });
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -342,7 +339,7 @@ impl Exports for ScriptExports {
             let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             open.iter().rev().find(|(one, _)| one == client).and_then(|(_, state)| state.upgrade())
         }?;
-        let line = self.scripts.line("export_description", Asked::of(&[&state.handle])).ok().flatten();
+        let line = self.scripts.line("export_description", state.asked(&[&state.handle])).ok().flatten();
         line.map(|line| String::from_utf8_lossy(&line).into_owned())
     }
 
@@ -415,7 +412,7 @@ fn flag_words(flags: Flags) -> String {
 
 impl State {
     fn asked<'a>(&'a self, words: &'a [&'a [u8]]) -> Asked<'a> {
-        Asked { connection: Some(&self.connection), ..Asked::of(words) }
+        Asked::by(&self.connection, words)
     }
 
     /// A method about a range. Whether it is there.
@@ -427,19 +424,10 @@ impl State {
         flags: Option<Flags>,
         data: &[u8],
     ) -> device::Result<bool> {
-        self.check_connected()?;
         let (length, offset, flags) = (length.to_string(), offset.to_string(), flags.map(flag_words));
         let mut words = vec![&*self.handle, length.as_bytes(), offset.as_bytes()];
         words.extend(flags.as_ref().map(String::as_bytes));
         self.scripts.done(method, Asked { input: data, ..self.asked(&words) })
-    }
-
-    /// A client that was disconnected softly is told so from then on. Source: nbdkit_disconnect(3).
-    fn check_connected(&self) -> device::Result<()> {
-        if self.connection.is_refused.load(Ordering::Relaxed) {
-            return Err(Error::failed(ErrorCode::Shutdown, "the script has disconnected the client"));
-        }
-        Ok(())
     }
 
     fn can(&self, method: &str) -> device::Result<Option<bool>> {
@@ -483,7 +471,6 @@ impl State {
     }
 
     fn pread(&self, length: usize, offset: u64) -> device::Result<Vec<u8>> {
-        self.check_connected()?;
         let method = "pread";
         let (count, at) = (length.to_string(), offset.to_string());
         let words = [&*self.handle, count.as_bytes(), at.as_bytes()];
@@ -596,7 +583,6 @@ impl Device for State {
     }
 
     fn flush(&self, _call: &Call) -> device::Result<()> {
-        self.check_connected()?;
         self.scripts.done("flush", self.asked(&[&self.handle])).map(drop)
     }
 
@@ -616,7 +602,6 @@ impl Device for State {
     }
 
     fn extents(&self, extents: &mut Extents, _call: &Call) -> device::Result<()> {
-        self.check_connected()?;
         let method = "extents";
         let (length, offset) = (extents.length().to_string(), extents.offset().to_string());
         let flags: &[u8] = if extents.one() { b"req_one" } else { b"" };
