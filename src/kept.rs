@@ -72,6 +72,8 @@ struct Kept {
     directory: PathBuf,
     /// How many directories were made in it.
     count: u32,
+    /// What is to be removed when nobody can be writing to it any more.
+    abandoned: Vec<PathBuf>,
 }
 
 fn kept() -> MutexGuard<'static, Option<Kept>> {
@@ -104,9 +106,16 @@ pub fn directory() -> io::Result<PathBuf> {
     Ok(path)
 }
 
+/// Removes a file at the end, which a process that was given up may still be writing.
+pub fn abandon(path: PathBuf) {
+    if let Some(kept) = &mut *kept() {
+        kept.abandoned.push(path);
+    }
+}
+
 /// Kills what was started and is still there, and removes directories. To be called when nothing is to be started any more.
 pub fn end() {
-    let Some(Kept { group, keeper, mut we_are_there, .. }) = kept().take() else { return };
+    let Some(Kept { group, keeper, mut we_are_there, abandoned, .. }) = kept().take() else { return };
     let is_there = |pid| waitpid(pid, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive);
     let deadline = Instant::now() + SWEEP;
     // Its leader is ours and was not waited for, so it is the group that we mean.
@@ -116,6 +125,10 @@ pub fn end() {
     while leads && deadline.saturating_duration_since(Instant::now()) > SWEEP - LEADER {
         leads = is_there(group);
         std::thread::sleep(Duration::from_millis(if leads { 1 } else { 0 }));
+    }
+    for path in abandoned {
+        // It may never have been made.
+        let _ = fs::remove_file(path);
     }
     if !leads {
         // A keeper that was killed is not there to hear it.
@@ -177,7 +190,7 @@ impl Kept {
             let _ = killpg(group, Signal::SIGKILL);
             while waitpid(group, None) == Err(Errno::EINTR) {}
         })?;
-        Ok(Kept { group, keeper, we_are_there, directory, count: 0 })
+        Ok(Kept { group, keeper, we_are_there, directory, count: 0, abandoned: Vec::new() })
     }
 }
 
@@ -345,6 +358,32 @@ pub fn run(program: Program<'_>, input: &[u8], enough: usize, keep_errors: bool,
     drop(to);
     let status = wait(pid, signals.as_ref())?;
     Ok(Ran { status, output, errors })
+}
+
+/// Runs a program that reads nothing and whose output nobody wants. Dropped, the program is killed; what it has started itself
+/// lives until [`end`]. Errors: it cannot be started.
+pub async fn run_quietly(program: Program<'_>) -> io::Result<WaitStatus> {
+    let mut child = Child(Some(spawn(program, &Streams::default())?));
+    let Some(pid) = child.0 else { return Err(io::ErrorKind::NotFound.into()) };
+    let pidfd = rustix::process::Pid::from_raw(pid.as_raw()).map(|pid| pidfd_open(pid, PidfdFlags::empty()));
+    // Where there are none it cannot be given up.
+    if let Some(Ok(pidfd)) = pidfd {
+        async_io::Async::new_nonblocking(pidfd)?.readable().await?;
+    }
+    child.0 = None;
+    wait(pid, None)
+}
+
+/// A process that was not waited for.
+struct Child(Option<Pid>);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0 {
+            let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+            let _ = wait(pid, None);
+        }
+    }
 }
 
 /// Reads once, no more than is `enough`. Whether there may be more.

@@ -9,13 +9,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use nbdcaptive_actors::device::{self, Call, Capabilities, Device, Error, ErrorCode, Flags, Support};
+use nbdcaptive_actors::device::{self, Call, Capabilities, Connection, Device, Error, ErrorCode, Flags, Support};
 use nbdcaptive_actors::filter::{Filter, Filtered};
 use nix::sys::wait::WaitStatus;
 
 use super::file;
 use crate::captive::quote::shell_quote;
-use crate::kept::{self, Phase, Program};
+use crate::kept::{self, Program};
 use crate::layer::{ConfigError, Parameter, Value};
 use crate::values;
 
@@ -93,8 +93,9 @@ impl Recipe {
         script
     }
 
-    /// Runs the command, for as long as it takes. Errors: it cannot be run, or did not succeed.
-    pub fn make(&self, disk: &Path) -> device::Result<()> {
+    /// Runs the command, for as long as it takes, but not when the server ends: nobody was promised the disk yet.
+    /// Errors: it cannot be run, did not succeed, or was killed because of that.
+    pub fn make(&self, disk: &Path, connection: &Connection) -> device::Result<()> {
         let failed = |why: String| Err(Error::failed(ErrorCode::Io, why));
         let Ok(script) = CString::new(self.script(disk)) else {
             return failed("a NUL in the command or the name of the disk".to_owned());
@@ -102,13 +103,11 @@ impl Recipe {
         let words: [&CStr; 3] = [c"sh", c"-c", &script];
         let environment = kept::environment(&[]);
         let program = Program { path: c"/bin/sh", words: &words, environment: &environment };
-        match kept::run(program, b"", 0, false, Phase::Serving) {
-            Ok(ran) => match ran.status {
-                WaitStatus::Exited(_, 0) => Ok(()),
-                WaitStatus::Exited(_, status) => failed(format!("command exited with code {status}")),
-                WaitStatus::Signaled(_, signal, _) => failed(format!("command killed by signal {}", signal as i32)),
-                _ => failed("command did not end".to_owned()),
-            },
+        match connection.wait(&Call::BLOCKING, async { kept::run_quietly(program).await })? {
+            Ok(WaitStatus::Exited(_, 0)) => Ok(()),
+            Ok(WaitStatus::Exited(_, status)) => failed(format!("command exited with code {status}")),
+            Ok(WaitStatus::Signaled(_, signal, _)) => failed(format!("command killed by signal {}", signal as i32)),
+            Ok(_) => failed("command did not end".to_owned()),
             Err(error) => Err(Error::system("failed to execute command", error)),
         }
     }

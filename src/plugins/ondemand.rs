@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nbdcaptive_actors::device::{self, Client, Device, Error, ErrorCode, Export, Exports, ThreadModel};
+use nbdcaptive_actors::device::{self, Call, Client, Device, Error, ErrorCode, Export, Exports, ThreadModel};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -17,6 +17,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::file;
 use super::made::{self, Recipe};
+use crate::kept;
 use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
 use crate::values;
 
@@ -121,8 +122,8 @@ fn is_valid(name: &[u8]) -> bool {
 
 impl Disks {
     /// Opens the disk, and makes it if it is not there.
-    fn open_or_make(&self, name: &[u8], read_only: bool) -> device::Result<OwnedFd> {
-        let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    fn open_or_make(&self, name: &[u8], client: &Client) -> device::Result<OwnedFd> {
+        let access = if client.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         let flags = access | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
         let file = Path::new(OsStr::from_bytes(name));
         let path = self.path.join(file);
@@ -134,37 +135,57 @@ impl Disks {
             Err(rustix::io::Errno::NOENT) => {}
             result => return result.map_err(failed),
         }
-        if let Err(error) = self.recipe.make(&path) {
+        if let Err(error) = self.recipe.make(&path, &client.connection) {
             // The next who asks gets a whole one.
             let _ = std::fs::remove_file(&path);
+            if error.code() == ErrorCode::Shutdown {
+                // What the command has started may be at it still.
+                kept::abandon(path);
+            }
             return Err(error);
         }
         open().map_err(failed)
     }
 
     /// Locks the file for the client, against clients of other servers too. Unlocked when the file is closed.
-    fn lock(&self, fd: &OwnedFd, name: &str, read_only: bool) -> device::Result<()> {
+    fn lock(&self, fd: OwnedFd, name: &str, client: &Client) -> device::Result<OwnedFd> {
         let lock = libc::flock {
-            l_type: if read_only { libc::F_RDLCK } else { libc::F_WRLCK } as i16,
+            l_type: if client.read_only { libc::F_RDLCK } else { libc::F_WRLCK } as i16,
             l_whence: libc::SEEK_SET as i16,
             l_start: 0,
             l_len: 0,
             l_pid: 0,
         };
-        loop {
-            let argument = if self.wait { FcntlArg::F_OFD_SETLKW(&lock) } else { FcntlArg::F_OFD_SETLK(&lock) };
-            match fcntl(fd, argument) {
-                Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EACCES | Errno::EAGAIN) => {
-                    let why = format!("{name}: filesystem is locked by another client");
-                    return Err(Error::failed(ErrorCode::Invalid, why));
-                }
-                Err(error) => {
-                    return Err(Error::system(format_args!("fcntl: {}/{name}", self.path.display()), error));
-                }
+        let failed = |error| Error::system(format_args!("fcntl: {}/{name}", self.path.display()), error);
+        match fcntl(&fd, FcntlArg::F_OFD_SETLK(&lock)) {
+            Ok(_) => return Ok(fd),
+            Err(Errno::EACCES | Errno::EAGAIN) if self.wait => {}
+            Err(Errno::EACCES | Errno::EAGAIN) => {
+                let why = format!("{name}: filesystem is locked by another client");
+                return Err(Error::failed(ErrorCode::Invalid, why));
             }
+            Err(error) => return Err(failed(error)),
         }
+        // On a thread of its own, because only there it can be given up; one that comes too late unlocks what it has locked.
+        let (locked, unlocked) = async_channel::bounded(1);
+        let waiting = move || {
+            let result = loop {
+                match fcntl(&fd, FcntlArg::F_OFD_SETLKW(&lock)) {
+                    Ok(_) => break Ok(fd),
+                    Err(Errno::EINTR) => {}
+                    Err(error) => break Err(error),
+                }
+            };
+            let _ = locked.try_send(result);
+        };
+        std::thread::Builder::new()
+            .name("lock".to_owned())
+            .spawn(waiting)
+            .map_err(|error| Error::system("lock", error))?;
+        // The thread says something before it ends.
+        let result =
+            client.connection.wait(&Call::BLOCKING, async { unlocked.recv().await.unwrap_or(Err(Errno::EIO)) })?;
+        result.map_err(failed)
     }
 }
 
@@ -179,9 +200,9 @@ impl Exports for Disks {
         if !is_valid(name) {
             return Err(Error::failed(ErrorCode::Invalid, format!("invalid exportname ‘{shown}’ rejected")));
         }
-        let fd = self.open_or_make(name, client.read_only)?;
+        let mut fd = self.open_or_make(name, client)?;
         if !self.share {
-            self.lock(&fd, &shown, client.read_only)?;
+            fd = self.lock(fd, &shown, client)?;
         }
         made::serve(fd, !client.read_only, shown, true)
     }

@@ -76,7 +76,7 @@ impl Exports for Disks {
     fn open(&self, client: &Client) -> device::Result<Box<dyn Device>> {
         let directory = Directory(kept::directory().map_err(|error| Error::system("mkdtemp", error))?);
         let disk = directory.0.join("disk");
-        self.recipe.make(&disk)?;
+        self.recipe.make(&disk, &client.connection)?;
         let access = if client.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         let fd = rustix::fs::open(&disk, access | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
             .map_err(|error| Error::system(format_args!("open: {}", disk.display()), error))?;

@@ -122,28 +122,55 @@ fn a_tmpdisk_in_use_has_no_name() {
     room.assert_nothing_left();
 }
 
-/// Whatever ends the server, a command that is still at work and what it has made so far end with it. A drain waits for it, as
-/// for a request, until its time is over.
+/// Whatever ends the server, a command that is still at work and what it has made so far end with it. A drain does not wait
+/// for it: its client was promised nothing yet.
 #[test]
 fn a_command_at_work_does_not_outlive_the_server() {
-    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        let room = Room::new();
-        let mut started = room.fifo("started");
-        let path = room.path("started");
-        let command = format!("command=echo > \"$disk\"; echo now > {}; sleep 1000", path.display());
-        let server = room.serve(["--drain-timeout=1", "tmpdisk", "1M", &command]);
-        let mut client = server.connect();
-        client.start();
-        client.send_option(7, &[0, 0, 0, 0, 0, 0]);
-        started.hear();
-        server.running.signal(signal);
-        let output = server.running.finish();
-        if signal == Signal::SIGTERM {
-            output.expect(1);
-            room.assert_nothing_left();
+    for plugin in [&["tmpdisk", "1M"][..], &["ondemand", "1M", "dir=disks"]] {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            let room = Room::new();
+            fs::create_dir(room.path("disks")).expect("a directory in the room");
+            let mut started = room.fifo("started");
+            let path = room.path("started");
+            // What the shell has started is killed as well, and writes the disk for as long as it lives.
+            let loops = "while :; do echo > \"$disk\"; sleep 0.01; done";
+            let command = format!(
+                "command=echo > \"$disk\"; ({loops}) & echo now > {}; (trap '' TERM; sleep 1000)",
+                path.display()
+            );
+            let arguments = [&["--drain-timeout=1000"], plugin, &[&command]].concat();
+            let server = room.serve(arguments);
+            let mut client = server.connect();
+            client.start();
+            client.send_option(7, &[0, 0, 0, 0, 0, 0]);
+            started.hear();
+            server.running.signal(signal);
+            let output = server.running.finish();
+            if signal == Signal::SIGTERM {
+                output.expect(0);
+                room.assert_nothing_left();
+                assert_eq!(fs::read_dir(room.path("disks")).expect("it is there").count(), 0);
+            }
+            room.wait_until_nothing_left();
         }
-        room.wait_until_nothing_left();
     }
+}
+
+/// A disk that another server has locked is not waited for either.
+#[test]
+fn the_server_ends_while_another_server_has_the_disk() {
+    let (room, other) = (Room::new(), Room::new());
+    let directory = format!("dir={}", room.path("").display());
+    let arguments = ["--drain-timeout=1000", "ondemand", "1M", &directory, COMMAND, "wait=true"];
+    let (first, second) = (room.serve(arguments), other.serve(arguments));
+    let holder = first.simple();
+    let mut waiting = second.connect();
+    waiting.start();
+    waiting.send_option(7, &[0, 0, 0, 0, 0, 0]);
+    wait_until_a_lock_is_waited_for(second.running.pid());
+    second.terminate().expect(0);
+    drop(holder);
+    first.terminate().expect(0);
 }
 
 #[test]
@@ -237,6 +264,17 @@ fn a_disk_of_ondemand_has_one_client_unless_it_is_shared() {
     }
 }
 
+fn wait_until_a_lock_is_waited_for(pid: impl std::fmt::Display) {
+    wait_for("a thread that waits for a lock", || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+        let calls = tasks.filter_map(|task| fs::read_to_string(task.path().join("syscall")).ok());
+        // fcntl(2) on x86-64 and on arm64, with F_OFD_SETLKW.
+        calls.map(|call| call.split(' ').map(str::to_owned).collect::<Vec<_>>()).find(|call| {
+            matches!(call[0].as_str(), "72" | "25") && call.get(2).is_some_and(|command| command == "0x26")
+        })
+    });
+}
+
 /// A client that waits for a lock keeps nobody else, and not the server's end.
 #[test]
 fn the_server_ends_while_a_client_waits_for_a_disk() {
@@ -246,15 +284,7 @@ fn the_server_ends_while_a_client_waits_for_a_disk() {
     let mut second = server.connect();
     second.start();
     second.send_option(7, &[0, 0, 0, 0, 0, 0]);
-    let pid = server.running.pid();
-    wait_for("a thread that waits for a lock", || {
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
-        let calls = tasks.filter_map(|task| fs::read_to_string(task.path().join("syscall")).ok());
-        // fcntl(2) on x86-64 and on arm64, with F_OFD_SETLKW.
-        calls.map(|call| call.split(' ').map(str::to_owned).collect::<Vec<_>>()).find(|call| {
-            matches!(call[0].as_str(), "72" | "25") && call.get(2).is_some_and(|command| command == "0x26")
-        })
-    });
+    wait_until_a_lock_is_waited_for(server.running.pid());
     server.terminate().expect(0);
     drop(first);
     room.assert_nothing_left();
