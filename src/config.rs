@@ -8,8 +8,11 @@ use std::sync::Arc;
 use async_channel::Receiver;
 use nbdcaptive_actors::device::{Exports, ThreadModel};
 
+use crate::cli::DebugFlag;
 use crate::cli::{Options, Parameter, closest, split_parameter};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Plugin, Server, Step, Value};
+use crate::debug::{self, ServerFlags};
+use crate::layer::{About, ConfigError, Filter, Flag, Lifetime, Plugin, Server, Step, Value};
+use crate::trace::Trace;
 use crate::{filters, plugins};
 
 /// Layers that are configured.
@@ -31,6 +34,8 @@ pub struct Layers {
     plugin: (&'static About, Box<dyn Plugin>),
     /// The one next to the client first.
     filters: Vec<(&'static About, Box<dyn Filter>)>,
+    /// Whether each layer's calls are shown, and which.
+    trace: Option<Trace>,
 }
 
 impl Layers {
@@ -47,7 +52,19 @@ impl Layers {
                 Ok((entry.about, (entry.new)()))
             })
             .collect::<Result<_, ConfigError>>()?;
-        Ok(Layers { plugin: (entry.about, (entry.new)()), filters })
+        Ok(Layers { plugin: (entry.about, (entry.new)()), filters, trace: None })
+    }
+
+    /// Sets debug flags. Returns the server's own, and a line for each that nothing has.
+    pub fn set_debug_flags(&mut self, wanted: &[DebugFlag]) -> (ServerFlags, Vec<String>) {
+        let plugin: (_, Vec<Flag<'_>>) = (self.plugin.0.name, self.plugin.1.debug_flags());
+        let filters = self.filters.iter_mut().map(|(about, filter)| (about.name, filter.debug_flags()));
+        debug::apply(wanted, filters.chain([plugin]).collect())
+    }
+
+    /// Shows calls of each layer to who looks with `-v`.
+    pub fn trace(&mut self, trace: Trace) {
+        self.trace = Some(trace);
     }
 
     /// What the layers say of themselves, from the client inwards.
@@ -92,9 +109,13 @@ impl Layers {
         }
         let mut lifetime = Lifetime::default();
         let after_fork = self.plugin.1.after_fork();
-        let mut exports = self.plugin.1.ready()?;
-        for (_, filter) in self.filters.into_iter().rev() {
-            exports = filter.ready(exports, &mut lifetime)?;
+        let traced = |about: &About, exports| match self.trace {
+            Some(trace) => trace.over(about.name, exports),
+            None => exports,
+        };
+        let mut exports = traced(self.plugin.0, self.plugin.1.ready()?);
+        for (about, filter) in self.filters.into_iter().rev() {
+            exports = traced(about, filter.ready(exports, &mut lifetime)?);
         }
         Ok(Stack { exports, lifetime, plugin: self.plugin.0.name, after_fork, asked })
     }

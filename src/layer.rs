@@ -110,6 +110,11 @@ impl Server {
     }
 }
 
+/// A debug flag (`-D`): its name, and where its value is kept. What it makes a layer say goes to
+/// [`Connection::debug`](nbdcaptive_actors::connection::Connection::debug), and so is seen only with `-v`.
+/// Source: nbdkit docs/nbdkit-plugin.pod "Debug Flags".
+pub type Flag<'a> = (&'static str, &'a mut i32);
+
 /// Something to be done once, or why it could not be, as a line.
 pub type Step = Box<dyn FnOnce() -> Result<(), ConfigError> + Send>;
 
@@ -119,6 +124,11 @@ pub trait Plugin {
     /// Tells the plugin where it will be.
     fn meet(&mut self, server: &Server) {
         let _ = server;
+    }
+
+    /// The debug flags that it has. They are set before its first parameter comes.
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        Vec::new()
     }
 
     /// Whether `config` takes keys that are not in [`About::parameters`] too, and says itself which it does not know.
@@ -151,6 +161,11 @@ pub trait Plugin {
 
 /// A filter being configured. Order of calls: as for a plugin, from the one next to the plugin outwards.
 pub trait Filter {
+    /// As [`Plugin::debug_flags`].
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        Vec::new()
+    }
+
     /// Takes one parameter; the key is one of [`About::parameters`].
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError>;
 

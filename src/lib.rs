@@ -16,7 +16,9 @@
 //! | `server.rs` | the process that serves: listens, tells it is ready, waits for the engine, cleans up |
 //! | `listen.rs` | sockets, private directories, pid files: what is made on disk and taken away again |
 //! | `captive/` | `--run`: the front process, the guardian, the command, `$uri` and the shell's variables |
+//! | `debug.rs`, `trace.rs` | debug flags (`-D`), and the lines of `-v` about every call of every layer |
 //! | `daemon.rs` | going into the background |
+//! | `identity.rs` | the name and version it goes by, `nbdkit`'s where it is called so |
 //! | `inherited.rs` | what the caller gave this process, and how the command gets it back |
 //! | `kept.rs` | processes that plugins start, kept so that none outlives the server |
 //! | `user.rs` | becoming another user and group |
@@ -33,7 +35,9 @@ pub mod captive;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod debug;
 pub mod filters;
+pub mod identity;
 pub mod inherited;
 pub mod kept;
 pub mod layer;
@@ -47,6 +51,7 @@ pub mod report;
 pub mod server;
 pub mod sweeper;
 pub mod text;
+pub mod trace;
 pub mod uri;
 pub mod user;
 pub mod values;

@@ -4,14 +4,17 @@
 //! remove it. Nothing is removed that is not ours: a pid file only while it holds our pid, a socket only while nobody answers
 //! at it. Source: nbdkit server/sockets.c, server/main.c `write_pidfile`.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use crate::values;
 use dns_lookup::{AddrFamily, AddrInfoHints, SockType as LookupType, getaddrinfo};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
@@ -70,6 +73,8 @@ impl PrivateDirectory {
 pub struct Listening {
     /// To accept from.
     pub sockets: Vec<OwnedFd>,
+    /// Where that is, for people.
+    pub place: String,
     /// The port, where it is TCP: a number, or as the command line has it.
     pub port: Option<String>,
     /// Where it is a Unix socket.
@@ -148,18 +153,39 @@ fn activated_socket(number: i32) -> Result<OwnedFd, String> {
 
 /// Begins to listen as `options` say. Errors: a line for people; nothing is left on disk then.
 pub fn start(options: &Options, private: Option<&PrivateDirectory>) -> Result<Listening, String> {
+    let label = options.selinux_label.as_deref();
     match (&options.unix, private) {
-        (Some(Unix::Path(path)), _) => unix(path),
+        (Some(Unix::Path(path)), _) => unix(path, label),
         (Some(Unix::Private), Some(private)) => {
             private.make()?;
-            unix(&private.socket()).inspect_err(|_| private.remove())
+            unix(&private.socket(), label).inspect_err(|_| private.remove())
         }
         (Some(Unix::Private), None) => Err("there is no private directory for the socket".to_owned()),
+        (None, _) if options.vsock => vsock(options),
         (None, _) => tcp(options),
     }
 }
 
-fn unix(path: &Path) -> Result<Listening, String> {
+/// Where a thread tells the kernel the SELinux label of the sockets that it makes. Source: libselinux setsockcreatecon(3).
+const SOCKET_LABEL: &str = "/proc/thread-self/attr/sockcreate";
+
+/// Makes sockets with a SELinux label, if one is wanted (`--selinux-label`). Errors: those of `make`, or that there can be no such
+/// label. `attribute` is [`SOCKET_LABEL`].
+fn labelled<T>(label: Option<&OsStr>, attribute: &str, make: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    let Some(label) = label else { return make() };
+    let set = |value: &[u8]| fs::OpenOptions::new().write(true).open(attribute).and_then(|mut to| to.write_all(value));
+    // libselinux ends the label with a NUL, and the kernel takes a line end alone for no label.
+    set(&[label.as_bytes(), b"\0"].concat()).map_err(|error| {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+        let hint = if Path::new("/sys/fs/selinux").exists() { "" } else { "; this system has no SELinux" };
+        format!("selinux-label: setsockcreatecon_raw: {}{hint}", errno.desc())
+    })?;
+    let made = make();
+    let cleared = set(b"\n").map_err(|error| format!("selinux-label: setsockcreatecon_raw(NULL): {error}"));
+    made.and_then(|made| cleared.map(|()| made))
+}
+
+fn unix(path: &Path, label: Option<&OsStr>) -> Result<Listening, String> {
     let length = path.as_os_str().len();
     if length > LONGEST_SOCKET_PATH {
         return Err(format!("-U: path too long: length {length} > max {LONGEST_SOCKET_PATH} bytes"));
@@ -167,8 +193,7 @@ fn unix(path: &Path) -> Result<Listening, String> {
     // Held until we listen, so that no other server of ours takes a socket for dead that is only not ready yet.
     let turn = take_turn(path);
     let mut made = None;
-    let mut attempt = || -> Result<OwnedFd, Errno> {
-        let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None)?;
+    let mut attempt = |socket: OwnedFd| -> Result<OwnedFd, Errno> {
         let address = UnixAddr::new(path)?;
         match bind(socket.as_raw_fd(), &address) {
             // A server that was killed may have left it, and nobody answers there.
@@ -176,15 +201,23 @@ fn unix(path: &Path) -> Result<Listening, String> {
             bound => bound?,
         }
         made = Some(UnixSocket::made(path));
-        listen(&socket, BACKLOG).inspect_err(|_| {
-            let _ = fs::remove_file(path);
-        })?;
+        listen(&socket, BACKLOG)?;
         Ok(socket)
     };
-    let attempted = attempt();
+    let failed = |error: Errno| format!("{}: {}", path.display(), error.desc());
+    let attempted = labelled(label, SOCKET_LABEL, || {
+        let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None).map_err(failed)?;
+        attempt(socket).map_err(failed)
+    });
     drop(turn);
-    let socket = attempted.map_err(|error| format!("{}: {}", path.display(), error.desc()))?;
-    Ok(Listening { sockets: vec![socket], port: None, unix: made })
+    let place = format!("unix socket {}", path.display());
+    match attempted {
+        Ok(socket) => Ok(Listening { sockets: vec![socket], place, port: None, unix: made }),
+        Err(line) => {
+            made.iter().for_each(UnixSocket::unlink);
+            Err(line)
+        }
+    }
 }
 
 const FLAGS: SockFlag = SockFlag::SOCK_CLOEXEC.union(SockFlag::SOCK_NONBLOCK);
@@ -193,33 +226,98 @@ const BACKLOG: Backlog = Backlog::MAXALLOWABLE;
 fn tcp(options: &Options) -> Result<Listening, String> {
     let port = options.port.as_deref().unwrap_or(DEFAULT_PORT);
     let host = options.ip_address.as_deref();
-    let mut addresses = look_up(host, port, options.family)?;
-    let mut sockets = Vec::new();
-    let mut in_use = None;
-    let mut chosen = None;
-    for address in &mut addresses {
-        // With port 0 the first socket's port is everybody's.
-        if let (0, Some(port)) = (address.port(), chosen) {
-            address.set_port(port);
+    let addresses = look_up(host, port, options.family)?;
+    let label = options.selinux_label.as_deref();
+    let mut bound = labelled(label, SOCKET_LABEL, || tcp_sockets(&addresses))?;
+    for _ in 0..MOST_PORTS_TRIED {
+        // A port that was chosen for one address may be another server's at the next, and clients would come there.
+        if !bound.is_chosen || bound.in_use != Some(Errno::EADDRINUSE) {
+            break;
         }
-        match tcp_socket(*address) {
+        bound = labelled(label, SOCKET_LABEL, || tcp_sockets(&addresses))?;
+    }
+    let shown = host.unwrap_or("<any>");
+    let Some(number) = bound.port else {
+        let why = bound.in_use.map(|error| format!(": {}", error.desc())).unwrap_or_default();
+        return Err(format!("unable to bind to any TCP/IP sockets at {shown}:{port}{why}"));
+    };
+    let count = bound.sockets.len();
+    let place = format!("IP address {shown}:{} ({count} socket(s))", if bound.is_chosen { &number } else { port });
+    let port = if bound.is_chosen { Some(number) } else { options.port.clone() };
+    Ok(Listening { sockets: bound.sockets, place, port, unix: None })
+}
+
+/// How often another port is chosen for all addresses. Each time it is a random one of some 28000.
+const MOST_PORTS_TRIED: usize = 16;
+
+/// What became of several addresses.
+struct Bound {
+    sockets: Vec<OwnedFd>,
+    /// The port of the first socket; `None` if there is none.
+    port: Option<String>,
+    /// The caller left the port to the system.
+    is_chosen: bool,
+    /// Why an address was left out.
+    in_use: Option<Errno>,
+}
+
+/// Listens at each address that can be had. Errors: one cannot, and not because it is another's or of a family that is not there.
+fn tcp_sockets(addresses: &[SocketAddr]) -> Result<Bound, String> {
+    let is_chosen = addresses.iter().any(|address| address.port() == 0);
+    let mut bound = Bound { sockets: Vec::new(), port: None, is_chosen, in_use: None };
+    let mut chosen = 0;
+    for address in addresses {
+        let mut address = *address;
+        // With port 0 the first socket's port is everybody's.
+        if address.port() == 0 {
+            address.set_port(chosen);
+        }
+        match tcp_socket(address) {
             Ok((socket, port)) => {
-                chosen = Some(port);
-                sockets.push(socket);
+                chosen = port;
+                bound.port.get_or_insert_with(|| port.to_string());
+                bound.sockets.push(socket);
             }
             // A system may know addresses that it cannot serve.
-            Err(error @ (Errno::EAFNOSUPPORT | Errno::EADDRINUSE)) => in_use = Some(error),
+            Err(error @ (Errno::EAFNOSUPPORT | Errno::EADDRINUSE)) => bound.in_use = Some(error),
             Err(error) => return Err(format!("bind: {address}: {}", error.desc())),
         }
     }
-    if sockets.is_empty() {
-        let why = in_use.map(|error| format!(": {}", error.desc())).unwrap_or_default();
-        let host = host.unwrap_or("<any>");
-        return Err(format!("unable to bind to any TCP/IP sockets at {host}:{port}{why}"));
-    }
-    let given = options.port.clone();
-    let port = if given.as_deref() == Some("0") { chosen.map(|port| port.to_string()) } else { given };
-    Ok(Listening { sockets, port, unix: None })
+    Ok(bound)
+}
+
+/// Ports are 32 bits wide there, and of a space of their own. Errors: a line for people.
+/// Source: vsock(7); nbdkit server/sockets.c `bind_vsock`.
+#[cfg(target_os = "linux")]
+fn vsock(options: &Options) -> Result<Listening, String> {
+    use nix::sys::socket::VsockAddr;
+    let given = options.port.as_deref().map(|port| values::unsigned("port", port)).transpose();
+    let given = given.map_err(|error| format!("error: {error}"))?;
+    // 0 lets the system choose, as elsewhere. Nobody could mean it: no client can be told to connect there.
+    let wanted = match given {
+        None => 10809,
+        Some(0) => nix::libc::VMADDR_PORT_ANY,
+        Some(port) => port,
+    };
+    let attempt = || -> Result<(OwnedFd, u32), Errno> {
+        let socket = socket(AddressFamily::Vsock, SockType::Stream, FLAGS, None)?;
+        bind(socket.as_raw_fd(), &VsockAddr::new(nix::libc::VMADDR_CID_ANY, wanted))?;
+        listen(&socket, BACKLOG)?;
+        let bound: VsockAddr = getsockname(socket.as_raw_fd())?;
+        Ok((socket, bound.port()))
+    };
+    let (socket, port) = attempt().map_err(|error| match error {
+        Errno::EAFNOSUPPORT => "--vsock: this kernel has no AF_VSOCK (modprobe vsock)".to_owned(),
+        error => format!("--vsock: port {wanted}: {}", error.desc()),
+    })?;
+    let place = format!("vsock any:{port}");
+    let port = if wanted == nix::libc::VMADDR_PORT_ANY { Some(port.to_string()) } else { options.port.clone() };
+    Ok(Listening { sockets: vec![socket], place, port, unix: None })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn vsock(_options: &Options) -> Result<Listening, String> {
+    Err("AF_VSOCK is not supported on this platform".to_owned())
 }
 
 fn look_up(host: Option<&str>, port: &str, family: Family) -> Result<Vec<SocketAddr>, String> {

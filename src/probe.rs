@@ -38,7 +38,8 @@ use smol::Timer;
 use smol::future::{or, zip};
 
 use crate::cli::Options;
-use crate::report::{PROGRAM, print, to_stderr};
+use crate::identity;
+use crate::report::{print, to_stderr};
 use crate::uri::Uri;
 
 /// How long the server may take for a step (to connect, to greet, to answer an option), unless `--timeout` says otherwise.
@@ -80,7 +81,7 @@ pub fn run(options: &Options) -> i32 {
         Err(why) => Some(why),
     };
     let Some(why) = failure else { return 0 };
-    to_stderr(&format!("{PROGRAM}: {shown}: {}\n", readable(why.as_bytes())));
+    to_stderr(&format!("{}: {shown}: {}\n", identity::name(), readable(why.as_bytes())));
     1
 }
 

@@ -1,18 +1,22 @@
 //! Parse, answer or start, exit status.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 
 use nbdcaptive_actors::device::ThreadModel;
 
 use crate::cli::{self, Options, Request};
 use crate::config::Layers;
+use crate::identity;
 use crate::inherited::Inherited;
-use crate::report::{PROGRAM, Report, print, to_stderr};
+use crate::layer::About;
+use crate::report::{Report, print, to_stderr};
 use crate::{captive, daemon, filters, kept, listen, plugins, probe, server};
 
 /// Runs the program with `words`, the first of which is its own name, and returns its exit status. To be called first of all
 /// in a process that has no thread yet: it forks.
 pub fn run(words: Vec<OsString>) -> i32 {
+    identity::take(words.first().map(OsString::as_os_str));
     let inherited = Inherited::take();
     let activated = match listen::activated() {
         Ok(sockets) => sockets,
@@ -32,7 +36,7 @@ pub fn run(words: Vec<OsString>) -> i32 {
     let (request, options) = match allowed {
         Ok(parsed) => parsed,
         Err(error) => {
-            to_stderr(&error.report(PROGRAM));
+            to_stderr(&error.report(identity::name()));
             return 1;
         }
     };
@@ -60,7 +64,7 @@ fn answer(request: Request, options: &Options) -> i32 {
     match request {
         Request::Serve => {}
         Request::Probe => return probe::run(options),
-        Request::DumpConfig => print(&cli::dump_config::dump_config()),
+        Request::DumpConfig => print(&cli::dump_config::dump_config(identity::package())),
         Request::ShortOptions => print(cli::short_options().as_bytes()),
         Request::LongOptions => print(cli::long_options().as_bytes()),
         Request::Help | Request::Version | Request::DumpPlugin => {
@@ -71,6 +75,10 @@ fn answer(request: Request, options: &Options) -> i32 {
                     return 1;
                 }
             };
+            if let Some(layers) = &mut layers {
+                let (_, warnings) = layers.set_debug_flags(&options.debug_flags);
+                warnings.iter().for_each(|warning| Report::early().warn(warning));
+            }
             let about: Vec<_> = layers.iter().flat_map(Layers::about).collect();
             let dumped = match &mut layers {
                 Some(layers) if request == Request::DumpPlugin => layers.dump(&options.parameters),
@@ -88,19 +96,19 @@ fn answer(request: Request, options: &Options) -> i32 {
                 Request::Help => {
                     let plugins: Vec<_> = plugins::ALL.iter().map(|entry| entry.about).collect();
                     let filters: Vec<_> = filters::ALL.iter().map(|entry| entry.about).collect();
-                    print(cli::help::help(PROGRAM, &plugins, &filters).as_bytes());
+                    print(cli::help::help(identity::name(), &plugins, &filters).as_bytes());
                     about.iter().for_each(|(kind, about)| print(cli::help::layer_help(kind, about).as_bytes()));
                 }
                 Request::Version => {
-                    print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
+                    print(format!("{}\n", identity::package()).as_bytes());
                     for (_, about) in about {
-                        print(format!("{} {}\n", about.name, env!("CARGO_PKG_VERSION")).as_bytes());
+                        print(format!("{} {}\n", about.name, identity::package().version).as_bytes());
                     }
                 }
                 // The plugin first, whatever stands before it.
                 _ => {
                     for (kind, about) in about.iter().rev() {
-                        print(dump_plugin(kind, about, model).as_bytes());
+                        print(&dump_plugin(kind, about, model));
                         if *kind == "plugin" {
                             print(&further);
                         }
@@ -112,23 +120,29 @@ fn answer(request: Request, options: &Options) -> i32 {
     0
 }
 
-/// `--dump-plugin` of one layer. Source: nbdkit server/plugins.c `plugin_dump_fields`.
-fn dump_plugin(kind: &str, about: &crate::layer::About, model: Option<ThreadModel>) -> String {
-    let mut text = String::new();
+/// `--dump-plugin` of one layer. Its path is this program's: a layer is built in. The keys of a filter bear its name, because
+/// those of all layers are in one list. Source: nbdkit server/plugins.c `plugin_dump_fields`, server/filters.c
+/// `filter_dump_fields`.
+fn dump_plugin(kind: &str, about: &About, model: Option<ThreadModel>) -> Vec<u8> {
+    let prefix = if kind == "plugin" { String::new() } else { format!("{}_", about.name) };
+    let mut text = Vec::new();
+    if let Ok(path) = std::env::current_exe() {
+        text.extend([prefix.as_bytes(), b"path=", path.as_os_str().as_bytes(), b"\n"].concat());
+    }
+    let mut line = |key: &str, value: &str| text.extend_from_slice(format!("{key}={value}\n").as_bytes());
+    line(&format!("{prefix}name"), about.name);
     if kind == "plugin" {
-        text += &format!("name={}\nversion={}\n", about.name, env!("CARGO_PKG_VERSION"));
+        line("version", identity::package().version);
         let name = |model| match model {
             ThreadModel::SerializeConnections => "serialize_connections",
             ThreadModel::SerializeAllRequests => "serialize_all_requests",
             ThreadModel::SerializeRequests => "serialize_requests",
             ThreadModel::Parallel => "parallel",
         };
-        let (most, model) = (name(about.thread_model), name(model.unwrap_or(about.thread_model)));
-        text += &format!("max_thread_model={most}\nthread_model={model}\n");
-        if let Some(key) = about.magic_key {
-            text += &format!("magic_config_key={key}\n");
-        }
+        line("max_thread_model", name(about.thread_model));
+        line("thread_model", name(model.unwrap_or(about.thread_model)));
+        about.magic_key.iter().for_each(|key| line("magic_config_key", key));
     }
-    about.dump.iter().for_each(|(key, value)| text += &format!("{key}={value}\n"));
+    about.dump.iter().for_each(|(key, value)| line(key, value));
     text
 }

@@ -18,10 +18,8 @@ use nix::sys::stat::fstat;
 use rustix::io::ReadWriteFlags;
 
 use crate::cli::{LogTo, Options};
+use crate::identity;
 use syslog::Syslog;
-
-/// The name in front of every line.
-pub const PROGRAM: &str = "nbdcaptive";
 
 /// Where errors go. What `-v` says goes to stderr whatever this is, as in nbdkit.
 #[derive(Debug, Clone)]
@@ -87,6 +85,11 @@ impl Report {
         self.write("", "", format_args!("{line}"));
     }
 
+    /// Something about the command line that a person should see, wherever errors go.
+    pub fn warn(&self, line: impl fmt::Display) {
+        to_stderr(&format!("{}: {line}\n", identity::name()));
+    }
+
     /// Something for `-v`.
     pub fn debug(&self, line: impl fmt::Display) {
         self.write_debug("", format_args!("{line}"));
@@ -94,7 +97,7 @@ impl Report {
 
     /// `who` and `what` are empty, or end with what sets them apart from the next.
     fn write(&self, who: &str, what: &str, line: fmt::Arguments<'_>) {
-        let text = || format!("{PROGRAM}: {who}{what}{line}\n");
+        let text = || format!("{}: {who}{what}{line}\n", identity::name());
         match &self.sink {
             Sink::Null => {}
             Sink::Stderr => to_stderr(&text()),
@@ -106,8 +109,36 @@ impl Report {
 
     fn write_debug(&self, who: &str, line: fmt::Arguments<'_>) {
         if self.verbose {
-            to_stderr(&format!("{PROGRAM}: {who}debug: {line}\n"));
+            to_stderr(&format!("{}: {who}debug: {}\n", identity::name(), Quoted(line)));
         }
+    }
+}
+
+/// Text as one line, as nbdkit's debug lines have it: backslashes and control characters as in C. What can be printed stays.
+struct Quoted<'a>(fmt::Arguments<'a>);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Write::write_fmt(&mut Quoting(f), self.0)
+    }
+}
+
+struct Quoting<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for Quoting<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|c| match c {
+            '\\' => self.0.write_str("\\\\"),
+            '\u{7}' => self.0.write_str("\\a"),
+            '\u{8}' => self.0.write_str("\\b"),
+            '\u{c}' => self.0.write_str("\\f"),
+            '\n' => self.0.write_str("\\n"),
+            '\r' => self.0.write_str("\\r"),
+            '\t' => self.0.write_str("\\t"),
+            '\u{b}' => self.0.write_str("\\v"),
+            c if c.is_control() => write!(self.0, "\\x{:02x}", u32::from(c)),
+            c => self.0.write_char(c),
+        })
     }
 }
 

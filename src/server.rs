@@ -12,6 +12,7 @@ use nbdcaptive_actors::transport::Descriptors;
 use nbdcaptive_actors::{Cause, CommandEnd, Handle, Running, Server, watch_process};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::getppid;
 use smol::Executor;
@@ -24,11 +25,13 @@ use crate::captive::uri::{Endpoint, print_uri_text, uri};
 use crate::cli::{ExitWithParent, Options, Tls, Unix};
 use crate::config::{Layers, Stack};
 use crate::daemon::Launcher;
+use crate::identity;
 use crate::inherited::{Inherited, all_signals};
 use crate::kept;
 use crate::listen::{self, Listening, PrivateDirectory};
 use crate::report::{Report, print};
 use crate::sweeper::Sweeper;
+use crate::trace::Trace;
 use crate::user;
 
 /// Which process this is.
@@ -126,7 +129,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         Err(line) => return Err(Failure { report: Report::early(), line, is_config: false }),
     };
     let system = |line: String| Failure { report: report.clone(), line, is_config: false };
-    report.debug(format_args!("nbdcaptive {}", env!("CARGO_PKG_VERSION")));
+    report.debug(identity::package());
 
     // First, so that a parent that ends while a plugin takes its time is seen.
     let (parent, captivity, private, daemon, activated, hangup_is_ignored) = match role {
@@ -158,9 +161,17 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         let line = "TLS cannot be enabled because this binary was compiled without TLS".to_owned();
         return Err(Failure { report, line, is_config: true });
     }
-    let layers = Layers::find(options).map_err(config)?;
-    let way: Vec<_> = layers.about().map(|(kind, about)| format!("{} ({kind})", about.name)).collect();
-    report.debug(format_args!("request processing: {}", way.join(" -> ")));
+    let mut layers = Layers::find(options).map_err(config)?;
+    let (flags, warnings) = layers.set_debug_flags(&options.debug_flags);
+    warnings.iter().for_each(|warning| report.warn(warning));
+    if options.verbose {
+        layers.trace(Trace::new(&flags));
+        if flags.environ != 0 {
+            show_environment(&report);
+        }
+    }
+    report.debug(format_args!("service mode: {}", service_mode(options, !activated.is_empty())));
+    report.debug(format_args!("request processing: {}", way(&layers)));
     let Stack { exports, lifetime, plugin, after_fork, asked } =
         layers.configure(&options.parameters).map_err(config)?;
     let report = report.clone().about_plugin(plugin);
@@ -188,6 +199,10 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     let leftovers = Leftovers { options: options.clone(), private: private.clone() };
     let mut errand = Errand::default();
     let start = || -> Result<Source, String> {
+        if options.swap {
+            lock_memory(options)?;
+            report.debug("mlockall done");
+        }
         // Its thread is the first of several, so it is known now if there is no room for them.
         start_reactor()?;
         let source = match client {
@@ -196,11 +211,12 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             ),
             None if !activated.is_empty() => {
                 report.debug(format_args!("using socket activation, nr_socks = {}", activated.len()));
-                Source::Many(Listening { sockets: activated, port: None, unix: None })
+                Source::Many(Listening { sockets: activated, place: String::new(), port: None, unix: None })
             }
             None => {
                 let listening = listen::start(options, private.as_ref())?;
                 let environment = environment(options, &listening);
+                report.debug(format_args!("bound to {}", listening.place));
                 report.debug(format_args!("NBD URI: {}", String::from_utf8_lossy(&environment.uri)));
                 errand.prelude = environment.prelude();
                 if options.print_uri {
@@ -217,6 +233,9 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         }
         if user::is_wanted(options) {
             user::change(options)?;
+            for (what, name) in [("group", &options.group), ("user", &options.user)] {
+                name.iter().for_each(|name| report.debug(format_args!("changed {what} to {name}")));
+            }
         }
         if let Some(after_fork) = after_fork {
             after_fork().map_err(|error| format!("error: {error}"))?;
@@ -278,6 +297,67 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     Ok(Some(Ready { options, report, server, errand, captivity, sweeper, leftovers, daemon, signals, asked }))
 }
 
+/// Where clients come from, in nbdkit's words.
+fn service_mode(options: &Options, is_activated: bool) -> &'static str {
+    match options {
+        _ if is_activated => "socket activation",
+        Options { single: true, .. } => "listen stdin",
+        Options { unix: Some(_), .. } => "unix socket",
+        Options { vsock: true, .. } => "vsock",
+        _ => "TCP/IP",
+    }
+}
+
+/// The layers on the way of a request, in nbdkit's words.
+fn way(layers: &Layers) -> String {
+    let layers: Vec<_> = layers.about().collect();
+    let last = layers.len() - 1;
+    let place = |index| match index {
+        0 => ", first",
+        index if index == last => ", last",
+        _ => "",
+    };
+    let shown = layers.iter().enumerate().map(|(at, (kind, about))| format!("{} ({kind}{})", about.name, place(at)));
+    shown.collect::<Vec<_>>().join(" -> ")
+}
+
+/// Below this limit of locked memory a server is not started with `--swap`: it begins with some 80 MiB of address space, all of
+/// which counts, and takes more with each thread and client.
+const LEAST_LOCKED: u64 = 512 << 20;
+
+/// Locks all memory, present and future (`--swap`). Errors: a line for people.
+fn lock_memory(options: &Options) -> Result<(), String> {
+    use nix::sys::mman::{MlockAllFlags, mlockall};
+    let error =
+        |why: &str| format!("--swap: mlockall: {why}; start as root, or raise the limit of locked memory (ulimit -l)");
+    // Only some may raise it. It holds for the user that this process may become, too.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    let (limit, _) = getrlimit(Resource::RLIMIT_MEMLOCK).map_err(|errno| error(errno.desc()))?;
+    if limit < LEAST_LOCKED && !may_lock_any_memory(options) {
+        // Later there would be no memory to be had, in the midst of anything.
+        return Err(error(&format!(
+            "no more than {} KiB may be locked, and {} KiB may be needed",
+            limit >> 10,
+            LEAST_LOCKED >> 10
+        )));
+    }
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE).map_err(|errno| error(errno.desc()))
+}
+
+/// Whether this process is above the limit of locked memory, and will be as the user that it becomes.
+fn may_lock_any_memory(options: &Options) -> bool {
+    let has_capability = rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::IPC_LOCK));
+    has_capability && options.user.as_deref().is_none_or(user::is_root)
+}
+
+/// `-D nbdkit.environ=1`
+fn show_environment(report: &Report) {
+    for (name, value) in std::env::vars_os() {
+        report.debug(format_args!("{}={}", name.to_string_lossy(), value.to_string_lossy()));
+    }
+}
+
 /// Starts async-io's reactor, which has a thread and descriptors of its own and panics where it cannot have them.
 fn start_reactor() -> Result<(), String> {
     let hook = std::panic::take_hook();
@@ -316,6 +396,7 @@ fn environment(options: &Options, listening: &Listening) -> Environment {
     let unix = listening.unix.as_ref().map(|socket| socket.path.clone());
     let endpoint = match &unix {
         Some(path) => Endpoint::Unix(path.clone()),
+        None if options.vsock => Endpoint::Vsock { port: listening.port.clone() },
         None => Endpoint::Tcp { port: listening.port.clone() },
     };
     let (certificates, psk) = (options.tls_certificates.as_deref(), options.tls_psk.as_deref());

@@ -85,7 +85,7 @@ impl Case {
 
     fn environment(&self) -> Environment {
         let (port, unixsocket) = match &self.endpoint {
-            Endpoint::Tcp { port } => (port.clone(), None),
+            Endpoint::Tcp { port } | Endpoint::Vsock { port } => (port.clone(), None),
             Endpoint::Unix(path) => (None, Some(path.clone())),
         };
         Environment {
@@ -168,6 +168,9 @@ fn cases() -> Vec<Case> {
         case("tcp-default-port", tcp()),
         case("tcp-port", port("10810")),
         case("tcp-service-name", port("nbd")),
+        case("vsock-default-port", Endpoint::Vsock { port: None }),
+        case("vsock-port-export", Endpoint::Vsock { port: Some("70000".to_owned()) }).export(b"a b"),
+        case("vsock-tls-require-psk", Endpoint::Vsock { port: None }).tls(Tls::Require).psk(b"/etc/psk file"),
         case("unix-path", unix(b"/run/nbd.sock")),
         case("unix-path-spaces", unix(b"/run/my disks/nbd sock")),
         case("unix-path-quotes", unix(b"/run/it's \"here\"")),
@@ -341,6 +344,15 @@ fn every_bad_command_line_gets_one_clear_line() {
         "--exit-with-parent=0 null",
         "--exit-with-parent=me null",
         "--dump-plugin",
+        "-D memory.flag memory",
+        "-D memory=1 memory",
+        "-D .flag=1 memory",
+        "-D memory.flag=x memory",
+        "--vsock -U - null",
+        "--vsock -s null",
+        "-o --tls=require null",
+        "--selinux-label",
+        "--swap=yes null",
     ];
     let mut text = String::new();
     for line in lines {
@@ -356,7 +368,8 @@ fn every_bad_command_line_gets_one_clear_line() {
 fn dump_config_is_nbdkits_for_scripts() {
     /// What depends on where and how this was built.
     const HOST: [&str; 5] = ["binary", "bindir", "sbindir", "host_cpu", "host_os"];
-    let text = String::from_utf8(cli::dump_config::dump_config()).expect("the test's own path is UTF-8");
+    let text = String::from_utf8(cli::dump_config::dump_config(nbdcaptive::identity::package()))
+        .expect("the test's own path is UTF-8");
     let mut filtered = String::new();
     for line in text.lines() {
         let (key, value) = line.split_once('=').expect("every line is key=value");

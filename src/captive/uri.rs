@@ -18,6 +18,11 @@ pub enum Endpoint {
     },
     /// A Unix socket.
     Unix(PathBuf),
+    /// AF_VSOCK on this machine itself. `None` is port 10809.
+    Vsock {
+        /// A number.
+        port: Option<String>,
+    },
 }
 
 /// The URI of an export. The credentials are named only where TLS is required; a client that may do without gets a URI
@@ -34,10 +39,13 @@ pub fn uri(
     let mut uri = match endpoint {
         Endpoint::Tcp { .. } if required => b"nbds://localhost".to_vec(),
         Endpoint::Tcp { .. } => b"nbd://localhost".to_vec(),
+        Endpoint::Vsock { .. } if required => b"nbds+vsock://1".to_vec(),
+        // 1 is VMADDR_CID_LOCAL.
+        Endpoint::Vsock { .. } => b"nbd+vsock://1".to_vec(),
         Endpoint::Unix(_) if required => b"nbds+unix://".to_vec(),
         Endpoint::Unix(_) => b"nbd+unix://".to_vec(),
     };
-    if let Endpoint::Tcp { port: Some(port) } = endpoint {
+    if let Endpoint::Tcp { port: Some(port) } | Endpoint::Vsock { port: Some(port) } = endpoint {
         uri.push(b':');
         uri.extend(uri_quote(port.as_bytes()));
     }
@@ -47,7 +55,7 @@ pub fn uri(
     }
     let socket = match endpoint {
         Endpoint::Unix(path) => Some(("socket", path.as_path())),
-        Endpoint::Tcp { .. } => None,
+        Endpoint::Tcp { .. } | Endpoint::Vsock { .. } => None,
     };
     let credentials = match (tls_certificates, tls_psk) {
         _ if !required => None,
@@ -95,6 +103,13 @@ mod tests {
         assert_eq!(text(&some, "a b", Tls::On, Some("/c"), None), "nbd://localhost:1/a%20b");
         assert_eq!(text(&some, "", Tls::Require, Some("/c"), None), "nbds://localhost:1?tls-certificates=/c");
         assert_eq!(text(&none, "/x", Tls::Require, None, None), "nbds://localhost//x");
+    }
+
+    #[test]
+    fn vsock_names_this_machine_and_the_port_if_it_was_given() {
+        let (none, some) = (Endpoint::Vsock { port: None }, Endpoint::Vsock { port: Some("70000".to_owned()) });
+        assert_eq!(text(&none, "", Tls::Off, None, None), "nbd+vsock://1");
+        assert_eq!(text(&some, "e", Tls::Require, None, Some("/p")), "nbds+vsock://1:70000/e?tls-psk-file=/p");
     }
 
     #[test]

@@ -105,12 +105,39 @@ pub enum ExitWithParent {
     Pid(u32),
 }
 
+/// A number for one part of the server, that makes it say more, or less, with `-v` (`-D NAME.FLAG=N`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DebugFlag {
+    /// Whose it is: the name of a plugin or filter, or `nbdkit` for the server's own.
+    pub name: String,
+    /// Its own name, which may have dots in it.
+    pub flag: String,
+    /// What it is set to.
+    pub value: i32,
+}
+
+impl DebugFlag {
+    /// Takes `NAME.FLAG=N` apart: at the first dot and at the first equals sign. Source: nbdkit server/debug-flags.c.
+    fn parse(text: &str) -> Option<DebugFlag> {
+        let (key, value) = text.split_once('=')?;
+        let (name, flag) = key.split_once('.')?;
+        let value = crate::values::int("flag", value).ok()?;
+        (!name.is_empty() && !flag.is_empty()).then(|| DebugFlag {
+            name: name.to_owned(),
+            flag: flag.to_owned(),
+            value,
+        })
+    }
+}
+
 /// Everything that the command line says, checked for itself but against nothing outside. `Default` is what an empty
 /// command line says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// `-4`, `-6`; the last one counts.
     pub family: Family,
+    /// `-D`, in the order of the command line.
+    pub debug_flags: Vec<DebugFlag>,
     /// `--drain-timeout`: how long requests in flight may take to be finished.
     pub drain_timeout: Duration,
     /// `--exit-with-parent`
@@ -155,10 +182,14 @@ pub struct Options {
     pub read_only: bool,
     /// `--run`: a command for the shell.
     pub run: Option<OsString>,
-    /// `-s`: one client, on stdin and stdout. Never together with `port`, `unix` or `run`.
+    /// `--selinux-label`: the label of the sockets to listen on, of IP and Unix.
+    pub selinux_label: Option<OsString>,
+    /// `-s`: one client, on stdin and stdout. Never together with `port`, `unix`, `vsock` or `run`.
     pub single: bool,
     /// `--spin`: how long a thread looks for requests before it sleeps, where that pays.
     pub spin: Duration,
+    /// `--swap`: all memory is to be locked.
+    pub swap: bool,
     /// `-t`; none is the server's choice, and so is 0.
     pub threads: Option<NonZeroU32>,
     /// `--timeout`: how long a client may take to negotiate; none is for ever, and so is 0.
@@ -179,6 +210,8 @@ pub struct Options {
     pub user: Option<String>,
     /// `-v`
     pub verbose: bool,
+    /// `--vsock`. Never together with `unix`.
+    pub vsock: bool,
     /// The first word that is not an option: a short name or a path. `None` only where the request needs none.
     pub plugin: Option<OsString>,
     /// The words after it, for [`split_parameter`].
@@ -189,6 +222,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             family: Family::Any,
+            debug_flags: Vec::new(),
             drain_timeout: Duration::from_secs(30),
             exit_with_parent: ExitWithParent::No,
             export_name: OsString::new(),
@@ -211,8 +245,10 @@ impl Default for Options {
             probe: None,
             read_only: false,
             run: None,
+            selinux_label: None,
             single: false,
             spin: Duration::from_micros(50),
+            swap: false,
             threads: None,
             timeout: None,
             tls: if TLS_BUILT_IN { Tls::On } else { Tls::Off },
@@ -223,6 +259,7 @@ impl Default for Options {
             unix: None,
             user: None,
             verbose: false,
+            vsock: false,
             plugin: None,
             parameters: Vec::new(),
         }
@@ -246,6 +283,12 @@ pub enum UsageError {
     UnwantedValue(&'static str),
     /// A value that its option refuses, with the sentence that says so.
     BadValue(String),
+    /// A `--log` that is nowhere.
+    BadLog,
+    /// A `-D` that is not `NAME.FLAG=N`.
+    BadDebugFlag,
+    /// `--tls=require` with a protocol that knows no TLS.
+    OldstyleTls,
     /// An empty path.
     EmptyPath,
     /// A relative path, where the current directory is not known.
@@ -273,7 +316,18 @@ impl UsageError {
             }
             _ => String::new(),
         };
-        format!("{program}: {self}\n{hint}")
+        // As nbdkit: what its parsers of values say is an error, what the command line is told of itself stands for itself.
+        let kind = match self {
+            UsageError::BadValue(_) | UsageError::EmptyPath => "error: ",
+            _ => "",
+        };
+        format!("{program}: {kind}{self}\n{hint}")
+    }
+}
+
+impl From<String> for UsageError {
+    fn from(sentence: String) -> UsageError {
+        UsageError::BadValue(sentence)
     }
 }
 
@@ -293,6 +347,9 @@ impl fmt::Display for UsageError {
             UsageError::MissingValueOfLetter(letter) => format!("option requires an argument -- '{letter}'"),
             UsageError::UnwantedValue(name) => format!("option '--{name}' doesn't allow an argument"),
             UsageError::BadValue(sentence) => sentence.clone(),
+            UsageError::BadLog => r#"--log must be "stderr", "syslog", "null", or an absolute path"#.to_owned(),
+            UsageError::BadDebugFlag => "-D (Debug Flag) must have the format NAME.FLAG=N".to_owned(),
+            UsageError::OldstyleTls => "cannot use oldstyle protocol (-o) and require TLS".to_owned(),
             UsageError::EmptyPath => "cannot convert null or empty path to an absolute path".to_owned(),
             UsageError::NoCurrentDirectory(path) => {
                 format!("cannot make '{}' absolute: the current directory is not known", path.display())
@@ -360,7 +417,7 @@ pub fn parse(
             Effect::Flag(set) => set(&mut options),
             Effect::Ask(asked) | Effect::AskAtOnce(asked) => request = request.max(asked),
             Effect::Value(_, set) | Effect::Optional(_, _, set) => {
-                set(&mut options, &value).map_err(UsageError::BadValue)?;
+                set(&mut options, &value)?;
             }
         }
     }
@@ -496,12 +553,15 @@ fn finish(request: Request, options: &mut Options, current_directory: Option<&Pa
             _ => Ok(()),
         };
     }
-    let alone = options.port.is_none() && options.unix.is_none() && options.run.is_none();
-    let alone = alone && request != Request::DumpPlugin;
-    if (options.port.is_some() && options.unix.is_some()) || (options.single && !alone) {
+    if options.tls == Tls::Require && options.oldstyle {
+        return Err(UsageError::OldstyleTls);
+    }
+    let [port, unix, run] = [options.port.is_some(), options.unix.is_some(), options.run.is_some()];
+    let not_single = port || unix || run || options.vsock || request == Request::DumpPlugin;
+    if (unix && (port || options.vsock)) || (options.single && not_single) {
         return Err(UsageError::Combination);
     }
-    if options.run.is_some() && options.port.is_none() {
+    if run && !port && !options.vsock {
         options.unix.get_or_insert(Unix::Private);
     }
     let stays = options.run.is_some() || options.single || options.exit_with_parent != ExitWithParent::No;
@@ -792,6 +852,40 @@ mod tests {
         assert_eq!(refused(&["--probe=nbd://x", "null"]), plugin);
         assert_eq!(refused(&["--json", "null"]), "--json says how --probe answers: it cannot be used without it");
         assert_eq!(refused(&["--probe"]), "option '--probe' requires an argument");
+    }
+
+    #[test]
+    fn a_debug_flag_is_a_name_a_flag_and_a_number() {
+        let flag = |name: &str, flag: &str, value| DebugFlag { name: name.to_owned(), flag: flag.to_owned(), value };
+        let options = served(&["-Dmemory.dir=1", "null", "--debug", "nbdkit.backend.datapath=-0x10"]);
+        assert_eq!(options.debug_flags, [flag("memory", "dir", 1), flag("nbdkit", "backend.datapath", -16)]);
+        for bad in ["", "=", ".", "=.", ".=", ".extra=1", "x.=1", "x.y=", "x.y", "x=1.2", "x.y=z", "x.y=1 "] {
+            assert_eq!(refused(&["-D", bad, "null"]), "-D (Debug Flag) must have the format NAME.FLAG=N", "{bad}");
+        }
+    }
+
+    #[test]
+    fn vsock_takes_a_port_and_no_other_place() {
+        let options = served(&["--vsock", "-p", "70000", "null", "--run", "true"]);
+        assert!(options.vsock && options.unix.is_none());
+        for other in [&["-U", "s"][..], &["-s"]] {
+            let words = [&["--vsock", "null"], other].concat();
+            assert_eq!(parse_words(&words).expect_err("excluded"), UsageError::Combination);
+        }
+    }
+
+    #[test]
+    fn the_oldstyle_protocol_knows_no_tls() {
+        assert_eq!(refused(&["-o", "--tls=require", "null"]), "cannot use oldstyle protocol (-o) and require TLS");
+        assert_eq!(served(&["-o", "--tls=require", "null", "-n"]).tls, Tls::Require);
+    }
+
+    #[test]
+    fn what_nbdkits_parsers_refuse_is_called_an_error() {
+        let report = |words: &[&str]| parse_words(words).expect_err("it is bad").report("nbdkit");
+        assert_eq!(report(&["-t", "x", "null"]), "nbdkit: error: threads: empty string where we expected a number\n");
+        assert!(report(&["-P", "", "null"]).starts_with("nbdkit: error: cannot convert"));
+        assert!(report(&["--log=x", "null"]).starts_with("nbdkit: --log must be"));
     }
 
     #[test]

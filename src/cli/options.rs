@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, Command, value_parser};
 
-use super::{ExitWithParent, Family, LogTo, Options, Request, Tls, Unix};
+use super::{DebugFlag, ExitWithParent, Family, LogTo, Options, Request, Tls, Unix, UsageError};
 use crate::{text, values};
 
 /// One option: how it is written, what it says to people, and what it sets.
@@ -26,15 +26,15 @@ pub struct OptionSpec {
 /// Names that nbdkit does not have.
 pub(super) const OUR_OWN: &[&str] = &["drain-timeout", "grace-period", "json", "max-clients", "probe", "spin"];
 
-/// What an option does when it is met. A setter's error is a sentence without the program's name.
+/// What an option does when it is met. A setter's error that is a sentence is one without the program's name.
 #[derive(Debug)]
 pub(super) enum Effect {
     /// Takes no value.
     Flag(fn(&mut Options)),
     /// Takes a value: the next word, or what is glued on, whatever it looks like. The first part stands for it in help.
-    Value(&'static str, fn(&mut Options, &OsStr) -> Result<(), String>),
+    Value(&'static str, fn(&mut Options, &OsStr) -> Result<(), UsageError>),
     /// Takes a value only as `--name=VALUE`, never the next word. The second part is the value where none is given.
-    Optional(&'static str, &'static str, fn(&mut Options, &OsStr) -> Result<(), String>),
+    Optional(&'static str, &'static str, fn(&mut Options, &OsStr) -> Result<(), UsageError>),
     /// Asks for something else than to serve, once the whole line has been read.
     Ask(Request),
     /// As `Ask`, and what follows is not even looked at.
@@ -85,6 +85,15 @@ pub static OPTIONS: &[OptionSpec] = &[
         long: &["ipv6-only"],
         help: "Listen on, and look up, IPv6 addresses only",
         effect: Effect::Flag(|options| options.family = Family::V6),
+    },
+    OptionSpec {
+        short: Some('D'),
+        long: &["debug"],
+        help: "Set a debug flag of a layer, or of nbdkit",
+        effect: Effect::Value("NAME.FLAG=N", |options, value| {
+            options.debug_flags.push(DebugFlag::parse(&value.to_string_lossy()).ok_or(UsageError::BadDebugFlag)?);
+            Ok(())
+        }),
     },
     OptionSpec {
         short: None,
@@ -199,10 +208,7 @@ pub static OPTIONS: &[OptionSpec] = &[
                 Some("syslog") => LogTo::Syslog,
                 Some("null") => LogTo::Null,
                 _ if PathBuf::from(value).is_absolute() => LogTo::File(PathBuf::from(value)),
-                _ => {
-                    let error = r#"--log must be "stderr", "syslog", "null", or an absolute path"#;
-                    return Err(error.to_owned());
-                }
+                _ => return Err(UsageError::BadLog),
             };
             Ok(())
         }),
@@ -223,7 +229,8 @@ pub static OPTIONS: &[OptionSpec] = &[
         help: "How many clients may be connected at a time",
         effect: Effect::Value("N", |options, value| {
             let limit = values::unsigned("max-clients", &value.to_string_lossy())?;
-            options.max_clients = Some(NonZeroU32::new(limit).ok_or("--max-clients must be at least 1")?);
+            options.max_clients =
+                Some(NonZeroU32::new(limit).ok_or_else(|| "--max-clients must be at least 1".to_owned())?);
             Ok(())
         }),
     },
@@ -299,6 +306,15 @@ pub static OPTIONS: &[OptionSpec] = &[
             Ok(())
         }),
     },
+    OptionSpec {
+        short: None,
+        long: &["selinux-label"],
+        help: "The SELinux label of the listening socket",
+        effect: Effect::Value("LABEL", |options, value| {
+            options.selinux_label = Some(value.to_owned());
+            Ok(())
+        }),
+    },
     OptionSpec { short: None, long: &["short-options"], help: "", effect: Effect::AskAtOnce(Request::ShortOptions) },
     OptionSpec {
         short: Some('s'),
@@ -314,6 +330,12 @@ pub static OPTIONS: &[OptionSpec] = &[
             options.spin = values::delay("spin", &value.to_string_lossy())?;
             Ok(())
         }),
+    },
+    OptionSpec {
+        short: None,
+        long: &["swap"],
+        help: "Lock all memory, to serve swap space",
+        effect: Effect::Flag(|options| options.swap = true),
     },
     OptionSpec {
         short: Some('t'),
@@ -402,6 +424,12 @@ pub static OPTIONS: &[OptionSpec] = &[
         long: &["version"],
         help: "Print the version",
         effect: Effect::Ask(Request::Version),
+    },
+    OptionSpec {
+        short: None,
+        long: &["vsock"],
+        help: "Listen for virtual machines, at port PORT",
+        effect: Effect::Flag(|options| options.vsock = true),
     },
 ];
 

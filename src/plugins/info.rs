@@ -96,7 +96,7 @@ impl Exports for Disks {
             Mode::Time => Content::Now,
             Mode::Uptime => Content::Since(self.loaded),
             Mode::ConnectionTime => Content::Since(Instant::now()),
-            Mode::Version => Content::Bytes(env!("CARGO_PKG_VERSION").into()),
+            Mode::Version => Content::Bytes(crate::identity::package().version.into()),
         };
         // Elsewhere two connections of one client may see different bytes.
         let multi_conn = matches!(self.mode, Mode::ExportName | Mode::Base64ExportName | Mode::Version);

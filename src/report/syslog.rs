@@ -5,7 +5,7 @@ use std::fmt;
 use std::os::unix::net::UnixDatagram;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::PROGRAM;
+use crate::identity;
 
 /// Where the system's log listens.
 #[cfg(not(any(target_os = "freebsd", target_vendor = "apple")))]
@@ -40,7 +40,7 @@ impl Syslog {
     /// Sends a line. One that nobody takes now is dropped.
     pub(super) fn write(&self, line: fmt::Arguments<'_>) {
         let Some(socket) = &self.socket else { return };
-        let text = format!("<{PRIORITY}>{}{PROGRAM}[{}]: {line}", Now, std::process::id());
+        let text = format!("<{PRIORITY}>{}{}[{}]: {line}", Now, identity::name(), std::process::id());
         // Addressed anew each time: a log that was restarted is found again.
         let _ = socket.send_to(text.as_bytes(), self.path);
     }

@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
 use nix::unistd::{Pid, pipe2};
 
-use super::harness::{Launch, Room, Running, Witness, is_nbdkit, nbdkit_differs, server_path, wait_for};
+use super::harness::{Launch, Room, Running, Witness, is_nbdkit, nbdkit_differs, program_name, server_path, wait_for};
 use super::raw_client::*;
 
 /// Gives the process `fd` as its descriptor `number`. Nobody else keeps it once `launch` is dropped.
@@ -1200,13 +1200,13 @@ mod resources {
         }
         let room = Room::new();
         // Where another user can read it.
-        fs::copy(server_path(), room.path("server")).expect("a copy in the room");
+        fs::copy(server_path(), room.path(program_name())).expect("a copy in the room");
         for path in ["", "tmp"] {
             fs::set_permissions(room.path(path), fs::Permissions::from_mode(0o777)).expect("it is ours");
         }
         // A user of its own, so that nobody else's processes count.
         let mut launch = room.tool("setpriv", ["--reuid=61234", "--regid=61234", "--clear-groups"]);
-        launch.args(["prlimit", "--nproc=1:1", "./server", "memory", "1M", "--run", "touch ran"]);
+        launch.args(["prlimit", "--nproc=1:1", &format!("./{}", program_name()), "memory", "1M", "--run", "touch ran"]);
         launch.run_to(1).expect_error_line(&["Resource temporarily unavailable"]);
         assert!(!room.path("ran").exists());
         room.assert_nothing_left();

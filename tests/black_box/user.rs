@@ -42,7 +42,7 @@ fn an_unknown_user_is_an_error_and_the_command_never_starts() {
     let room = Room::new();
     let output = room.captive(["-u", "nosuchuser", "memory", "1M"], "echo started").run_to(1);
     assert_eq!(output.text(), "");
-    assert!(output.stderr.contains("nosuchuser: no such user"), "{}", output.stderr);
+    assert!(output.stderr.contains("-u option: nosuchuser is not a valid user name or uid"), "{}", output.stderr);
     room.assert_nothing_left();
 }
 
