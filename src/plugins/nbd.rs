@@ -48,7 +48,7 @@ pub static ABOUT: About = About {
         optional("socket", "<SOCKNAME>", "the server's Unix socket"),
         optional("hostname", "<HOST>", "the server's host, for TCP"),
         optional("port", "<PORT>", "its port or the name of one, 10809 by default"),
-        optional("vsock", "<CID>", "the server's vsock CID (not supported yet)"),
+        optional("vsock", "<CID>", "the server's vsock CID; port is then a number"),
         optional("cid", "<CID>", "the same"),
         optional("command", "<COMMAND>", "a server to start, which takes a socket as systemd gives it"),
         optional("arg", "<ARG>", "an argument for the command; may be repeated"),
@@ -66,7 +66,7 @@ pub static ABOUT: About = About {
     magic_key: Some("uri"),
     thread_model: ThreadModel::Parallel,
     // Named as scripts know them, although there is no libnbd here.
-    dump: &[("libnbd_tls", "0"), ("libnbd_uri", "1"), ("libnbd_vsock", "0"), ("libnbd_dynamic_list", "1")],
+    dump: &[("libnbd_tls", "0"), ("libnbd_uri", "1"), ("libnbd_vsock", "1"), ("libnbd_dynamic_list", "1")],
 };
 
 /// How long a server that was started may take to end after its only client has left, and then again after SIGTERM.
@@ -184,9 +184,6 @@ impl Plugin for Nbd {
             if uri.tls {
                 return error(format!("uri: {text}: this binary was compiled without TLS"));
             }
-            if let uri::Address::Vsock { .. } = uri.address {
-                return error(format!("uri: {text}: vsock is not supported yet"));
-            }
             name.clone_from(&uri.export_name);
             Way::Uri(uri)
         } else if let Some(path) = &self.socket {
@@ -203,7 +200,10 @@ impl Plugin for Nbd {
         } else if let Some(number) = self.socket_fd {
             Way::Taken(Mutex::new(Some(take_descriptor(number)?)))
         } else {
-            return error("vsock is not supported yet");
+            // nbdkit's name for it.
+            let cid = values::unsigned("vsock_cid", self.vsock.as_deref().unwrap_or_default()).map_err(ConfigError)?;
+            let port = values::unsigned("port", self.port.as_deref().unwrap_or("10809")).map_err(ConfigError)?;
+            Way::Vsock { cid, port }
         };
         self.remote = Some(Arc::new(Remote {
             way,
@@ -212,7 +212,7 @@ impl Plugin for Nbd {
             default_name: export,
             dynamic: self.dynamic_export,
             retry: self.retry,
-            command: OnceLock::new(),
+            command: Mutex::default(),
             shared: OnceLock::new(),
             open: Mutex::default(),
         }));
@@ -260,6 +260,10 @@ enum Way {
         /// A number, or the name of a service.
         port: String,
     },
+    Vsock {
+        cid: u32,
+        port: u32,
+    },
     Command(Vec<CString>),
     /// There until it is used.
     Taken(Mutex<Option<OwnedFd>>),
@@ -276,8 +280,8 @@ struct Remote {
     /// The client's name is asked for instead.
     dynamic: bool,
     retry: u32,
-    /// What was started. It is ours to wait for.
-    command: OnceLock<Pid>,
+    /// What was started and not waited for.
+    command: Mutex<Option<Pid>>,
     /// The connection that all share, if they do.
     shared: OnceLock<Arc<Link>>,
     /// For descriptions, which are asked for by client: what is open for whom, the newest last.
@@ -312,12 +316,17 @@ impl Remote {
                     ))
                 })?;
                 // It is called once, for the connection is shared; and again only if it failed.
-                if let Err(another) = self.command.set(command) {
-                    let _ = kill(another, Signal::SIGKILL);
-                    let _ = waitpid(another, None);
-                    return Err(failed("the command was started already"));
+                let before = self.command.lock().unwrap_or_else(PoisonError::into_inner).replace(command);
+                if let Some(before) = before {
+                    let _ = kill(before, Signal::SIGKILL);
+                    let _ = waitpid(before, None);
                 }
                 connect_unix(path).await?
+            }
+            Way::Vsock { cid, port } => {
+                let (cid, port) = (*cid, *port);
+                let connected = smol::unblock(move || uri::vsock(cid, port)).await;
+                connected.map_err(|error| failed(format_args!("cannot connect to vsock {cid}:{port}: {error}")))?
             }
             Way::Taken(socket) => {
                 let taken = socket.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -334,15 +343,24 @@ impl Remote {
         loop {
             let attempt = async { negotiate(self.transport().await?, &wishes).await.map_err(failed) };
             match attempt.await {
-                Err(_) if left > 0 && !matches!(self.way, Way::Command(_) | Way::Taken(_)) => left -= 1,
+                // A connection that was made by somebody else is there once.
+                Err(_) if left > 0 && !matches!(self.way, Way::Taken(_)) => left -= 1,
                 done => return done,
             }
             Timer::after(Duration::from_secs(1)).await;
         }
     }
 
-    /// Asks the server something without choosing an export.
-    async fn ask<T>(
+    /// Asks the server something without choosing an export, for as long as the client is there to hear it.
+    fn ask<T>(
+        &self,
+        client: &Client,
+        question: impl AsyncFnOnce(&mut Handshake) -> Result<T, client::Error>,
+    ) -> device::Result<T> {
+        client.connection.wait(&Call::BLOCKING, self.asked(question))?
+    }
+
+    async fn asked<T>(
         &self,
         question: impl AsyncFnOnce(&mut Handshake) -> Result<T, client::Error>,
     ) -> device::Result<T> {
@@ -354,8 +372,8 @@ impl Remote {
     }
 
     /// The name that the server has for its default export, where it tells.
-    fn canonical_default(&self) -> Vec<u8> {
-        let told = block_on(self.ask(async |handshake| handshake.info(b"").await));
+    fn canonical_default(&self, client: &Client) -> Vec<u8> {
+        let told = self.ask(client, async |handshake| handshake.info(b"").await);
         told.ok().and_then(|export| export.canonical_name).unwrap_or_default()
     }
 }
@@ -452,9 +470,11 @@ impl Exports for RemoteExports {
                 let name = match (remote.dynamic, client.export_name.is_empty()) {
                     (false, _) => remote.name.clone(),
                     (true, false) => client.export_name.clone(),
-                    (true, true) => remote.canonical_default(),
+                    (true, true) => remote.canonical_default(client),
                 };
-                Arc::new(Link::start(block_on(remote.connect(&name))?)?)
+                // Neither a server that does not answer nor one that is not there yet is waited for when this one ends.
+                let agreed = client.connection.wait(&Call::BLOCKING, remote.connect(&name))??;
+                Arc::new(Link::start(agreed)?)
             }
         };
         let mut open = remote.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -471,7 +491,7 @@ impl Exports for RemoteExports {
             let name = self.default_export(client)?.unwrap_or_default();
             return Ok(vec![Export { name, description: String::new() }]);
         }
-        let listed = block_on(remote.ask(async |handshake| handshake.list().await))?;
+        let listed = remote.ask(client, async |handshake| handshake.list().await)?;
         let export = |one: client::Listed| Export {
             name: one.name,
             description: String::from_utf8_lossy(&one.description).into_owned(),
@@ -479,9 +499,9 @@ impl Exports for RemoteExports {
         Ok(listed.into_iter().map(export).collect())
     }
 
-    fn default_export(&self, _client: &Client) -> device::Result<Option<Vec<u8>>> {
+    fn default_export(&self, client: &Client) -> device::Result<Option<Vec<u8>>> {
         let remote = &self.remote;
-        Ok(Some(if remote.dynamic { remote.canonical_default() } else { remote.default_name.clone() }))
+        Ok(Some(if remote.dynamic { remote.canonical_default(client) } else { remote.default_name.clone() }))
     }
 
     fn description(&self, client: &Client) -> Option<String> {
@@ -505,9 +525,8 @@ impl Exports for RemoteExports {
             // A connection that has ended needs no goodbye.
             let _ = block_on(link.requests().disconnect());
         }
-        if let Some(command) = self.remote.command.get() {
-            leave(*command);
-        }
+        let command = self.remote.command.lock().unwrap_or_else(PoisonError::into_inner).take();
+        command.into_iter().for_each(leave);
         Ok(())
     }
 }

@@ -182,7 +182,7 @@ fn nobody_there_is_one_line_that_names_the_uri() {
     for (uri, why) in [
         ("nbd+unix:///?socket=/no/such/socket", "cannot connect to /no/such/socket: No such file"),
         ("nbds://localhost", "TLS cannot be spoken yet"),
-        ("nbd+vsock://2", "vsock cannot be spoken yet"),
+        ("nbd+vsock://2", "cannot connect to vsock 2:10809"),
         ("localhost:10809", "an NBD URI starts with nbd://"),
         ("nbd://localhost/%zz", "a % that two hexadecimal digits do not follow"),
     ] {

@@ -183,6 +183,9 @@ fn bad_configurations_are_one_line_and_status_1() {
         &["cannot use 'dynamic-export' with shared connection"],
     );
     refused(&["command=true", "dynamic-export=true"], &["cannot use 'dynamic-export' with shared connection"]);
+    refused(&["vsock=x"], &["vsock_cid: empty string where we expected a number"]);
+    refused(&["cid=4294967296"], &["vsock_cid: could not parse number"]);
+    refused(&["vsock=2", "port=nbd"], &["port: empty string where we expected a number"]);
     refused(&["socket-fd=-1"], &["socket-fd must be >= 0"]);
     refused(&["retry=x", "socket=a"], &["retry"]);
     refused(&["shared=x", "socket=a"], &["could not decipher boolean (x)"]);
@@ -197,6 +200,77 @@ fn bad_configurations_are_one_line_and_status_1() {
     // The shell that was to become it says what is wrong with it.
     let output = room.captive(["nbd", "command=/nowhere"], "touch started").run_to(1);
     assert!(output.stderr.contains("/nowhere: not found"), "{output:#?}");
+    room.assert_nothing_left();
+}
+
+/// Each way to a server, in the words of the client's error and of the log.
+#[test]
+fn who_is_not_there_is_named() {
+    let port = free_port();
+    let rows: [(&[&str], &str); 4] = [
+        (&["socket=nowhere"], "nowhere: No such file or directory"),
+        (&["hostname=127.0.0.1", &format!("port={port}")], &format!("cannot connect to 127.0.0.1:{port}: ")),
+        // Nobody has this one.
+        (&["vsock=4294967294", "port=1"], "cannot connect to vsock 4294967294:1: "),
+        (&["nbd+vsock://4294967294"], "cannot connect to vsock 4294967294:10809: "),
+    ];
+    for (arguments, line) in rows {
+        let room = Room::new();
+        let output = room.captive([&["nbd"], arguments].concat(), "nbdinfo \"$uri\"").run_to(1);
+        assert!(nbdkit_differs("it has libnbd's sentences") || output.stderr.contains(line), "{line}: {output:#?}");
+        room.assert_nothing_left();
+    }
+}
+
+/// Whatever the other server answers, the client is told the same.
+#[test]
+fn errors_of_the_other_server_are_passed_on() {
+    let command = format!("command={}", nbdkit().display());
+    // Of ENOTSUP for a write nbdkit 1.32 dies.
+    let errors = "EPERM EIO ENOMEM EINVAL ENOSPC EOVERFLOW ESHUTDOWN EROFS";
+    let fail = format!("set -- \"$1\" \"$4\" {errors}; shift $(($2 / 512 + 2)); echo \"$1\" >&2; exit 1");
+    let arguments: Vec<String> = [
+        "nbd".to_owned(),
+        command,
+        "arg=eval".to_owned(),
+        "arg=get_size=echo 1M".to_owned(),
+        format!("arg=pread={fail}"),
+        format!("arg=pwrite=cat > /dev/null; {fail}"),
+        format!("arg=zero={fail}"),
+        format!("arg=trim={fail}"),
+        format!("arg=cache={fail}"),
+        format!("arg=extents={fail}"),
+        "arg=flush=echo ENOSPC >&2; exit 1".to_owned(),
+    ]
+    .to_vec();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut operations = vec!["flush".to_owned()];
+    for offset in (0..8).map(|number| number * 512) {
+        let requests = ["read", "zero", "trim", "cache", "map"].map(|request| format!("{request} {offset} 512"));
+        operations.extend(requests);
+        operations.push(format!("write {offset} 512 1"));
+    }
+    let operations: Vec<&str> = operations.iter().map(String::as_str).collect();
+    // At the end of a connection there is a flush of ours more, which fails.
+    let (room, other) = (Room::new(), Room::new());
+    for room in [&room, &other] {
+        room.write("operate.py", super::both::OPERATE);
+    }
+    let theirs = other.nbdkit_captive(&arguments, super::both::command(&operations)).run_to(0);
+    let ours = room.captive(&arguments, super::both::command(&operations)).run_to(1);
+    assert_eq!(ours.text(), theirs.text(), "ours is first");
+    assert!(ours.text().contains("ESHUTDOWN") && ours.text().contains("ENOMEM"), "{}", ours.text());
+}
+
+/// "Retry connection up to N seconds": a command that did not become a server is started again.
+#[test]
+fn a_command_that_fails_is_started_again() {
+    let room = Room::new();
+    let script = format!("arg=test -e tried && exec {} null 3K; echo > tried", nbdkit().display());
+    let arguments = ["nbd", "command=/bin/sh", "arg=-c", &script, "retry=30"];
+    let output = room.captive(arguments, "nbdinfo --size \"$uri\"").run_to(0);
+    assert_eq!(output.text(), "3072\n");
+    fs::remove_file(room.path("tried")).expect("the command has made it");
     room.assert_nothing_left();
 }
 
@@ -234,6 +308,37 @@ fn when_the_other_server_goes_requests_fail_and_new_clients_get_a_new_connection
     server.terminate().expect(0);
     // What was written was not flushed, and is lost.
     proxy.terminate().expect(1);
+}
+
+/// What is under way when the other server dies, and all that comes later, fails as a disk would; the client stays.
+#[test]
+fn a_server_that_dies_is_an_input_output_error() {
+    if nbdkit_differs("it says EINVAL, which is what it makes of ENOTCONN") {
+        return;
+    }
+    for shared in ["shared=true", "shared=false"] {
+        let (room, behind) = (Room::new(), Room::new());
+        let mut hanging = behind.fifo("hanging");
+        let pread = format!("pread=echo hanging > {}; sleep 1000", behind.path("hanging").display());
+        let server =
+            behind.serve(["eval", "get_size=echo 1M", &pread, "trim=exit 0", "pwrite=cat > /dev/null", "cache=exit 0"]);
+        let proxy = room.serve(["nbd", &format!("socket={}", server.socket.display()), shared]);
+        let mut client = proxy.simple();
+        client.request(NBD_CMD_READ, 0, 0, 512, b"");
+        assert_eq!(hanging.hear(), "hanging");
+        server.running.signal(Signal::SIGKILL);
+        assert_eq!(client.next_reply().expect("a reply").error, EIO);
+        for kind in [NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_WRITE_ZEROES] {
+            assert_eq!(client.ask(kind, 0, 0, 512).error, EIO, "{kind}");
+        }
+        assert_eq!(client.write(0, 0, &[7; 512]), EIO);
+        client.disconnect();
+        proxy.running.signal(Signal::SIGTERM);
+        proxy.running.finish();
+        room.assert_nothing_left();
+        server.running.finish();
+        behind.wait_until_nothing_left();
+    }
 }
 
 #[test]
@@ -299,9 +404,32 @@ fn a_server_that_does_not_answer_is_no_reason_to_stay() {
     let room = Room::new();
     let socket = room.path("behind");
     let listener = UnixListener::bind(&socket).expect("the room is ours");
-    let server = room.server(["-f", "-U", "-", "nbd", &format!("socket={}", socket.display()), "shared=1"]).start();
+    let way = format!("socket={}", socket.display());
+    let server = room.server(["-f", "-U", "-", "nbd", &way, "shared=1"]).start();
     let (_silent, _) = listener.accept().expect("the proxy connects");
     server.signal(Signal::SIGTERM);
     server.finish().expect_signal(Signal::SIGTERM);
     room.wait_until_nothing_left();
+    // Where a client asks for it, the client is as good as not there.
+    for (parameter, option) in
+        [("retry=0", 7), ("retry=1000", 7), ("dynamic-export=true", 3), ("dynamic-export=true", 7)]
+    {
+        let server = room.serve(["--drain-timeout=1000", "nbd", &way, parameter]);
+        let mut client = server.connect();
+        client.start();
+        client.send_option(option, if option == 3 { b"" } else { &[0, 0, 0, 0, 0, 0] });
+        let (_silent, _) = listener.accept().expect("the proxy connects");
+        server.running.signal(Signal::SIGTERM);
+        client.expect_end();
+        server.running.finish().expect(0);
+    }
+    // Nor is one waited for that may be there later.
+    drop(listener);
+    let server = room.serve(["--drain-timeout=1000", "nbd", &way, "retry=1000000"]);
+    let mut client = server.connect();
+    client.start();
+    client.send_option(7, &[0, 0, 0, 0, 0, 0]);
+    server.running.signal(Signal::SIGTERM);
+    client.expect_end();
+    server.running.finish().expect(0);
 }
