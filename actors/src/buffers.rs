@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::blocks::{Block, Blocks};
 use crate::segments::Segments;
 
-/// What one receive takes at most, in bytes: some thousand requests, or sixteen 4 KiB writes.
-pub(crate) const RECEIVE: usize = 64 * 1024;
+/// What one receive takes at most, in bytes: all that a Unix socket holds by default (208 KiB), so that a client which fills it is
+/// emptied in one turn, and is answered in one.
+pub(crate) const RECEIVE: usize = 256 * 1024;
 /// The largest payload whose memory is kept for the next, in bytes.
 const KEPT_PAYLOAD: usize = 1024 * 1024;
 /// How much memory of each kind is kept, in pieces.
