@@ -72,11 +72,15 @@ impl Layers {
         self.filters.iter().map(|(about, _)| ("filter", *about)).chain([("plugin", self.plugin.0)])
     }
 
-    /// What `--dump-plugin` shows of the plugin with these parameters, beside what it says of itself.
-    pub fn dump(&mut self, parameters: &[OsString]) -> Result<(Option<ThreadModel>, Vec<u8>), ConfigError> {
+    /// What `--dump-plugin` shows of the layers with these parameters, beside what they say of themselves: how many requests all
+    /// of them together take at a time, and lines of the plugin's.
+    pub fn dump(&mut self, parameters: &[OsString]) -> Result<(ThreadModel, Vec<u8>), ConfigError> {
         self.plugin.1.meet(&Server::new().0);
         self.give_all(parameters)?;
-        self.plugin.1.dump()
+        let (model, lines) = self.plugin.1.dump()?;
+        let filters = self.filters.iter().map(|(about, filter)| filter.thread_model().unwrap_or(about.thread_model));
+        let strictest = filters.fold(model.unwrap_or(self.plugin.0.thread_model), ThreadModel::min);
+        Ok((strictest, lines))
     }
 
     /// Gives each parameter to the first layer that knows it.
@@ -142,20 +146,88 @@ impl Layers {
     }
 }
 
+/// The layer that `word` names: its short name, or the path that nbdkit would have it at, of which the file's name counts. All
+/// is built in, so a path to one of nbdkit's own means ours, whether there is such a file or not: scripts make them of
+/// `plugindir`, and `built-in` is what `--dump-config` says of that.
+fn built_in_name<'a>(kind: &str, word: &'a str) -> Option<&'a str> {
+    let file = word.rsplit('/').next().unwrap_or(word);
+    let inside = |file: &'a str| {
+        let name = file.strip_suffix(".so").unwrap_or(file).strip_prefix("nbdkit-")?;
+        name.strip_suffix(kind)?.strip_suffix('-')
+    };
+    inside(file).or(if is_path(word) { None } else { Some(word) })
+}
+
+/// Whether nbdkit would look for a layer here, and not among its own. Source: nbdkit server/options.h `is_short_name`.
+fn is_path(word: &str) -> bool {
+    word.contains(['/', '.'])
+}
+
 fn known<T>(
     kind: &str,
-    name: &OsStr,
+    word: &OsStr,
     names: impl Iterator<Item = &'static str>,
     find: impl Fn(&str) -> Option<T>,
 ) -> Result<T, ConfigError> {
-    let shown = name.as_bytes().escape_ascii();
-    name.to_str().and_then(find).ok_or_else(|| {
+    let name = word.to_str().and_then(|word| built_in_name(kind, word));
+    name.and_then(find).ok_or_else(|| {
         let names: Vec<_> = names.collect();
-        let near = name.to_str().and_then(|name| closest(name, names.iter().copied()));
+        let shown = word.as_bytes().escape_ascii();
+        let near = name.and_then(|name| closest(name, names.iter().copied()));
         let hint = match near {
             Some(near) => format!("did you mean '{near}'?"),
             None => format!("there are: {}", names.join(", ")),
         };
-        ConfigError(format!("cannot open {kind} \"{shown}\": no such {kind}, {hint}"))
+        let why = match word.to_str() {
+            Some(word) if is_path(word) && kind == "plugin" && !word.ends_with(".so") => {
+                format!("{kind}s are built in and not loaded from files; to serve a script use 'sh {shown}'")
+            }
+            Some(word) if is_path(word) => format!("{kind}s are built in and not loaded from files, {hint}"),
+            _ => format!("no such {kind}, {hint}"),
+        };
+        ConfigError(format!("cannot open {kind} \"{shown}\": {why}"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_goes_by_its_short_name_or_by_its_file() {
+        for (word, name) in [
+            ("memory", Some("memory")),
+            ("/usr/lib64/nbdkit/plugins/nbdkit-sparse-random-plugin.so", Some("sparse-random")),
+            ("built-in/nbdkit-memory-plugin.so", Some("memory")),
+            ("./nbdkit-memory-plugin", Some("memory")),
+            ("nbdkit-memory-plugin.so", Some("memory")),
+            ("nbdkit-cow-filter.so", None),
+            ("./memory", None),
+            ("memory.so", None),
+            ("/", None),
+            ("nbdkit--plugin.so", Some("")),
+        ] {
+            assert_eq!(built_in_name("plugin", word), name, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_layer_that_is_not_there_is_answered_with_what_would_be() {
+        let refused = |plugin: &str, filter: Option<&str>| {
+            let filters = filter.into_iter().map(OsString::from).collect();
+            let options = Options { plugin: Some(plugin.into()), filters, ..Options::default() };
+            Layers::find(&options).err().map(|error| error.0).unwrap_or_default()
+        };
+        assert_eq!(refused("memroy", None), "cannot open plugin \"memroy\": no such plugin, did you mean 'memory'?");
+        assert!(refused("bad\r", None).starts_with("cannot open plugin \"bad\\r\": no such plugin, there are: data, "));
+        assert!(refused("./nbdkit-foo-plugin.so", None).starts_with(
+            "cannot open plugin \"./nbdkit-foo-plugin.so\": plugins are built in and not loaded from files, there are: "
+        ));
+        assert_eq!(
+            refused("./disk.sh", None),
+            "cannot open plugin \"./disk.sh\": plugins are built in and not loaded from files; to serve a script use 'sh ./disk.sh'"
+        );
+        assert!(refused("null", Some("/x/nbdkit-cwo-filter.so")).contains("from files, did you mean 'cow'?"));
+        assert_eq!(refused("/x/nbdkit-null-plugin.so", Some("/x/nbdkit-cow-filter.so")), "");
+    }
 }

@@ -161,6 +161,11 @@ pub trait Plugin {
 
 /// A filter being configured. Order of calls: as for a plugin, from the one next to the plugin outwards.
 pub trait Filter {
+    /// How many requests it takes at a time with the parameters that it has got, for `--dump-plugin`; `None` is what [`About`] says.
+    fn thread_model(&self) -> Option<ThreadModel> {
+        None
+    }
+
     /// As [`Plugin::debug_flags`].
     fn debug_flags(&mut self) -> Vec<Flag<'_>> {
         Vec::new()

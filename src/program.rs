@@ -82,7 +82,7 @@ fn answer(request: Request, options: &Options) -> i32 {
             let about: Vec<_> = layers.iter().flat_map(Layers::about).collect();
             let dumped = match &mut layers {
                 Some(layers) if request == Request::DumpPlugin => layers.dump(&options.parameters),
-                _ => Ok(Default::default()),
+                _ => Ok((ThreadModel::Parallel, Vec::new())),
             };
             kept::end();
             let (model, further) = match dumped {
@@ -123,7 +123,7 @@ fn answer(request: Request, options: &Options) -> i32 {
 /// `--dump-plugin` of one layer. Its path is this program's: a layer is built in. The keys of a filter bear its name, because
 /// those of all layers are in one list. Source: nbdkit server/plugins.c `plugin_dump_fields`, server/filters.c
 /// `filter_dump_fields`.
-fn dump_plugin(kind: &str, about: &About, model: Option<ThreadModel>) -> Vec<u8> {
+fn dump_plugin(kind: &str, about: &About, model: ThreadModel) -> Vec<u8> {
     let prefix = if kind == "plugin" { String::new() } else { format!("{}_", about.name) };
     let mut text = Vec::new();
     if let Ok(path) = std::env::current_exe() {
@@ -140,7 +140,7 @@ fn dump_plugin(kind: &str, about: &About, model: Option<ThreadModel>) -> Vec<u8>
             ThreadModel::Parallel => "parallel",
         };
         line("max_thread_model", name(about.thread_model));
-        line("thread_model", name(model.unwrap_or(about.thread_model)));
+        line("thread_model", name(model));
         about.magic_key.iter().for_each(|key| line("magic_config_key", key));
     }
     about.dump.iter().for_each(|(key, value)| line(key, value));

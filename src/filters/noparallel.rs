@@ -32,6 +32,10 @@ impl Default for NoParallel {
 }
 
 impl Filter for NoParallel {
+    fn thread_model(&self) -> Option<ThreadModel> {
+        Some(self.0)
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         self.0 = match (key, value.text(key)?) {
             ("serialize" | "serialise", "connections") => ThreadModel::SerializeConnections,
