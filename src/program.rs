@@ -66,6 +66,15 @@ fn answer(request: Request, options: &Options) -> i32 {
         Request::Probe => return probe::run(options),
         Request::DumpConfig => print(&cli::dump_config::dump_config(identity::package())),
         Request::ShortOptions => print(cli::short_options().as_bytes()),
+        Request::Candidates => print(cli::candidates::answer(&options.parameters).as_bytes()),
+        Request::Completion => print(options.completion.map_or("", cli::completion::Shell::script).as_bytes()),
+        Request::Man => match cli::man::answer(options) {
+            Ok(text) => print(text.as_bytes()),
+            Err(error) => {
+                Report::early().error(error);
+                return 1;
+            }
+        },
         Request::LongOptions => print(cli::long_options().as_bytes()),
         Request::Help | Request::Version | Request::DumpPlugin => {
             let mut layers = match options.plugin.as_ref().map(|_| Layers::find(options)).transpose() {

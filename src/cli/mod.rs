@@ -18,8 +18,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub mod candidates;
+pub mod completion;
 pub mod dump_config;
 pub mod help;
+pub mod man;
 pub mod options;
 
 use options::{Effect, OPTIONS, OptionSpec, WORDS};
@@ -36,6 +39,10 @@ pub enum Request {
     Probe,
     /// `--dump-plugin`. There is a plugin.
     DumpPlugin,
+    /// `--completion`: a script for a shell.
+    Completion,
+    /// `--man`: a manual page, or the list of them.
+    Man,
     /// `--version`, of the plugin and filters too if there is a plugin.
     Version,
     /// `--help`, for the plugin and filters too if there is a plugin.
@@ -46,6 +53,8 @@ pub enum Request {
     ShortOptions,
     /// `--long-options`, whatever else there is.
     LongOptions,
+    /// `--candidates`, from the script of a shell: the words that follow are a command line that is being typed.
+    Candidates,
 }
 
 /// Which addresses to listen on and to look up.
@@ -136,6 +145,8 @@ impl DebugFlag {
 pub struct Options {
     /// `-4`, `-6`; the last one counts.
     pub family: Family,
+    /// `--completion`: for which shell.
+    pub completion: Option<completion::Shell>,
     /// `-D`, in the order of the command line.
     pub debug_flags: Vec<DebugFlag>,
     /// `--drain-timeout`: how long requests in flight may take to be finished.
@@ -160,6 +171,8 @@ pub struct Options {
     pub keepalive: bool,
     /// `--log`
     pub log: LogTo,
+    /// `--man`: the page, empty where it is [`Options::plugin`], or none is named.
+    pub man: Option<OsString>,
     /// `--mask-handshake`: which NBD handshake flags may be offered.
     pub mask_handshake: u32,
     /// `-o`: the oldstyle handshake.
@@ -214,7 +227,7 @@ pub struct Options {
     pub vsock: bool,
     /// The first word that is not an option: a short name or a path. `None` only where the request needs none.
     pub plugin: Option<OsString>,
-    /// The words after it, for [`split_parameter`].
+    /// The words after it, for [`split_parameter`]; or those that follow an option that answers at once.
     pub parameters: Vec<OsString>,
 }
 
@@ -222,6 +235,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             family: Family::Any,
+            completion: None,
             debug_flags: Vec::new(),
             drain_timeout: Duration::from_secs(30),
             exit_with_parent: ExitWithParent::No,
@@ -234,6 +248,7 @@ impl Default for Options {
             json: false,
             keepalive: false,
             log: LogTo::Default,
+            man: None,
             mask_handshake: u32::MAX,
             oldstyle: false,
             max_clients: None,
@@ -384,7 +399,10 @@ pub fn parse(
     let mut options = Options::default();
     let words = match spell_out(args)? {
         Spelled::Words(words) => words,
-        Spelled::Answer(request) => return Ok((request, options)),
+        Spelled::Answer(request, rest) => {
+            options.parameters = rest;
+            return Ok((request, options));
+        }
     };
     // What `spell_out` lets through, clap takes; if it ever does not, its word for the fault is better than a panic.
     let mut matches = options::command()
@@ -424,6 +442,8 @@ pub fn parse(
     let mut words = matches.remove_many::<OsString>(WORDS).into_iter().flatten();
     options.plugin = words.next();
     options.parameters = words.collect();
+    let asked = [(options.completion.is_some(), Request::Completion), (options.man.is_some(), Request::Man)];
+    let request = asked.into_iter().filter(|(given, _)| *given).fold(request, |so_far, (_, one)| so_far.max(one));
     let request = probe_or(request, &options, beside_probe)?;
     finish(request, &mut options, current_directory)?;
     Ok((request, options))
@@ -446,8 +466,8 @@ fn probe_or(request: Request, options: &Options, beside: Option<&str>) -> Result
 enum Spelled {
     /// Options as `--name` or `--name=value`, then `--`, then everything else.
     Words(Vec<OsString>),
-    /// An option that answers at once was met.
-    Answer(Request),
+    /// An option that answers at once was met. With the words that follow it.
+    Answer(Request, Vec<OsString>),
 }
 
 /// Reads words as `getopt_long` does: options may come anywhere before `--`, long names may be cut short while they
@@ -462,7 +482,7 @@ fn spell_out(args: impl IntoIterator<Item = OsString>) -> Result<Spelled, UsageE
             [b'-', b'-', ..] => {
                 let (name, spec, mut value) = long_option(&word)?;
                 if let Effect::AskAtOnce(request) = spec.effect {
-                    return Ok(Spelled::Answer(request));
+                    return Ok(Spelled::Answer(request, args.collect()));
                 }
                 if matches!(spec.effect, Effect::Value(..)) && value.is_none() {
                     value = Some(args.next().ok_or(UsageError::MissingValue(name))?);
@@ -478,7 +498,7 @@ fn spell_out(args: impl IntoIterator<Item = OsString>) -> Result<Spelled, UsageE
                     };
                     letters = rest;
                     let value = match spec.effect {
-                        Effect::AskAtOnce(request) => return Ok(Spelled::Answer(request)),
+                        Effect::AskAtOnce(request) => return Ok(Spelled::Answer(request, args.collect())),
                         Effect::Value(..) if rest.is_empty() => {
                             let missing = UsageError::MissingValueOfLetter(char::from(*letter));
                             Some(args.next().ok_or(missing)?)
@@ -661,7 +681,7 @@ pub fn split_parameter(arg: &OsStr) -> Parameter {
     }
 }
 
-/// The answer to `--long-options`: every long name but the two that only completion asks for, one per line.
+/// The answer to `--long-options`: every long name but those that only completion asks for, one per line.
 pub fn long_options() -> String {
     let names = options::long_names().into_iter();
     names.filter(|(_, spec)| !spec.help.is_empty()).map(|(name, _)| format!("--{name}\n")).collect()

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, Command, value_parser};
 
+use super::completion::Shell;
 use super::{DebugFlag, ExitWithParent, Family, LogTo, Options, Request, Tls, Unix, UsageError};
 use crate::{text, values};
 
@@ -24,7 +25,8 @@ pub struct OptionSpec {
 }
 
 /// Names that nbdkit does not have.
-pub(super) const OUR_OWN: &[&str] = &["drain-timeout", "grace-period", "json", "max-clients", "probe", "spin"];
+pub(super) const OUR_OWN: &[&str] =
+    &["candidates", "completion", "drain-timeout", "grace-period", "json", "man", "max-clients", "probe", "spin"];
 
 /// What an option does when it is met. A setter's error that is a sentence is one without the program's name.
 #[derive(Debug)]
@@ -77,14 +79,41 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('4'),
         long: &["ipv4-only"],
-        help: "Listen on, and look up, IPv4 addresses only",
+        help: "Listen on, and look up, IPv4 addresses only
+
+            Where `-i` is given, its name is looked up among IPv4 addresses only; without it the server listens on
+            0.0.0.0 only. Of `-4` and `-6` the last one counts.
+        ",
         effect: Effect::Flag(|options| options.family = Family::V4),
     },
     OptionSpec {
         short: Some('6'),
         long: &["ipv6-only"],
-        help: "Listen on, and look up, IPv6 addresses only",
+        help: "Listen on, and look up, IPv6 addresses only
+
+            As `-4`, with IPv6 addresses and `::`.
+        ",
         effect: Effect::Flag(|options| options.family = Family::V6),
+    },
+    OptionSpec { short: None, long: &["candidates"], help: "", effect: Effect::AskAtOnce(Request::Candidates) },
+    OptionSpec {
+        short: None,
+        long: &["completion"],
+        help: "Print what completes command lines in a shell
+
+            To try it in the shell you are in:
+
+                source <(nbdcaptive --completion bash)
+                source <(nbdcaptive --completion zsh)
+                nbdcaptive --completion fish | source
+
+            At each Tab the script asks the program itself for options, their values, plugins, filters and the
+            parameters of those that are on the command line.
+        ",
+        effect: Effect::Value("bash|zsh|fish", |options, value| {
+            options.completion = Some(Shell::find(&value.to_string_lossy())?);
+            Ok(())
+        }),
     },
     OptionSpec {
         short: Some('D'),
@@ -98,7 +127,12 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["drain-timeout"],
-        help: "Time for requests in flight at the end [30]",
+        help: "Time for requests in flight at the end [30]
+
+            At the end requests in flight are finished and answered, and devices are flushed and closed. What is not
+            done by then is given up, and the exit status is 1 if it would have been 0. See
+            nbdcaptive-captive(1).
+        ",
         effect: Effect::Value("SECS", |options, value| {
             options.drain_timeout = values::delay("drain-timeout", &value.to_string_lossy())?;
             Ok(())
@@ -107,19 +141,33 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["dump-config"],
-        help: "Print facts about this program, one per line",
+        help: "Print facts about this program, one per line
+
+            Lines of *key*`=`*value* for scripts, with nbdkit's keys. Those that say where nbdkit's loadable modules
+            are have no meaning here and are left out.
+        ",
         effect: Effect::AskAtOnce(Request::DumpConfig),
     },
     OptionSpec {
         short: None,
         long: &["dump-plugin"],
-        help: "Print facts about the plugin, one per line",
+        help: "Print facts about the plugin, one per line
+
+            Lines of *key*`=`*value* for scripts: name and version of the plugin, how many requests it takes at a
+            time, its magic parameter, and what it has been built with. Parameters may be given too; some plugins
+            say more then.
+        ",
         effect: Effect::Ask(Request::DumpPlugin),
     },
     OptionSpec {
         short: None,
         long: &["exit-with-parent"],
-        help: "End when the parent, or process PID, has ended",
+        help: "End when the parent, or process PID, has ended
+
+            The server ends within 50 ms when the process that started it has ended, by whatever means: it need not
+            be a shell, nor live up to a clean end of its own. With *PID* it is that process. Implies `-f`. See
+            nbdcaptive-captive(1).
+        ",
         effect: Effect::Optional("PID", PARENT, |options, value| {
             options.exit_with_parent = match value.to_str() {
                 Some(PARENT) => ExitWithParent::Parent,
@@ -131,7 +179,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('e'),
         long: &["exportname", "export", "export-name"],
-        help: "The export that $uri and $exportname name",
+        help: "The export that $uri and $exportname name
+
+            It does not change what is served; plugins that serve different data under different names see the name
+            that the client asks for. Without this option the name is empty, which is the default export.
+        ",
         effect: Effect::Value("NAME", |options, value| {
             options.export_name = value.to_owned();
             Ok(())
@@ -140,7 +192,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["filter"],
-        help: "Put a filter before the plugin; may be repeated",
+        help: "Put a filter before the plugin; may be repeated
+
+            The first one is next to the client, the last one next to the plugin. A filter's parameters follow the
+            plugin's name, like the plugin's own. `--help` lists all filters.
+        ",
         effect: Effect::Value("FILTER", |options, value| {
             options.filters.push(value.to_owned());
             Ok(())
@@ -149,13 +205,21 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('f'),
         long: &["foreground", "no-fork"],
-        help: "Do not go into the background",
+        help: "Do not go into the background
+
+            Without it the command returns when the server listens, with status 0, and the server goes on in a
+            session of its own, with `/` as its directory; or it returns with status 1 and a line on stderr.
+        ",
         effect: Effect::Flag(|options| options.foreground = true),
     },
     OptionSpec {
         short: None,
         long: &["grace-period"],
-        help: "Time for COMMAND to end once told to [5]",
+        help: "Time for COMMAND to end once told to [5]
+
+            When the server is told to end while the command of `--run` is running, the command and all that it
+            started get the signal first. What is still there when the time is over is killed.
+        ",
         effect: Effect::Value("SECS", |options, value| {
             options.grace_period = values::delay("grace-period", &value.to_string_lossy())?;
             Ok(())
@@ -164,7 +228,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('g'),
         long: &["group"],
-        help: "Become this group once listening",
+        help: "Become this group once listening
+
+            A name or a number. For this the server has to be started as root.
+        ",
         effect: Effect::Value("GROUP", |options, value| {
             options.group = Some(value.to_string_lossy().into_owned());
             Ok(())
@@ -173,13 +240,19 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["help"],
-        help: "Print this; with a plugin, its parameters too",
+        help: "Print this; with a plugin, its parameters too
+
+            With filters or a plugin on the command line, what they are and their parameters follow.
+        ",
         effect: Effect::Ask(Request::Help),
     },
     OptionSpec {
         short: Some('i'),
         long: &["ipaddr", "ip-addr"],
-        help: "Listen on this address or host name only",
+        help: "Listen on this address or host name only
+
+            Without it the server listens on all of them.
+        ",
         effect: Effect::Value("IPADDR", |options, value| {
             options.ip_address = Some(text("ipaddr", value)?.to_owned());
             Ok(())
@@ -194,14 +267,23 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["keepalive", "keep-alive"],
-        help: "Notice TCP clients that are gone without a word",
+        help: "Notice TCP clients that are gone without a word
+
+            The system looks for a client that has been silent for long (`SO_KEEPALIVE`), and disconnects one that
+            does not answer. After how long is the system's choice.
+        ",
         effect: Effect::Flag(|options| options.keepalive = true),
     },
     OptionSpec {
         short: None,
         long: &["log"],
-        help: "Send errors to stderr, syslog, null or a /path",
-        effect: Effect::Value("WHERE", |options, value| {
+        help: "Where errors go
+
+            To stderr; to the system log; nowhere; or to the end of a file, whose path has to be absolute. Without
+            this option, or with `default`, to stderr in the foreground and to the system log in the background.
+            What `-v` says goes to stderr in any case.
+        ",
+        effect: Effect::Value("stderr|syslog|null|/PATH", |options, value| {
             options.log = match value.to_str() {
                 Some("default") => LogTo::Default,
                 Some("stderr") => LogTo::Stderr,
@@ -216,8 +298,26 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec { short: None, long: &["long-options"], help: "", effect: Effect::AskAtOnce(Request::LongOptions) },
     OptionSpec {
         short: None,
+        long: &["man"],
+        help: "Print a manual page, or list them all
+
+            *PAGE* is the name of the page, or as much of it as a plugin or filter is called: `--man=file`. It may
+            be a word of its own. To read one without installing it:
+
+                nbdcaptive --man nbdcaptive-file-plugin | man -l -
+        ",
+        effect: Effect::Optional("PAGE", "", |options, value| {
+            options.man = Some(value.to_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        short: None,
         long: &["mask-handshake"],
-        help: "The handshake flags that may be offered",
+        help: "The handshake flags that may be offered
+
+            A number; the flags of the handshake that are not in it are not offered. For tests of clients.
+        ",
         effect: Effect::Value("MASK", |options, value| {
             options.mask_handshake = values::unsigned("mask-handshake", &value.to_string_lossy())?;
             Ok(())
@@ -226,7 +326,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["max-clients"],
-        help: "How many clients may be connected at a time",
+        help: "How many clients may be connected at a time
+
+            Any further ones are disconnected at once. Without it the system's limit of open files is the only one.
+        ",
         effect: Effect::Value("N", |options, value| {
             let limit = values::unsigned("max-clients", &value.to_string_lossy())?;
             options.max_clients =
@@ -243,25 +346,38 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["no-mc", "no-meta-contexts"],
-        help: "Do not offer meta contexts",
+        help: "Do not offer meta contexts
+
+            For tests of clients, which then cannot ask which parts of the disk are in use.
+        ",
         effect: Effect::Flag(|options| options.no_meta_contexts = true),
     },
     OptionSpec {
         short: None,
         long: &["no-sr", "no-structured-replies"],
-        help: "Do not offer structured replies",
+        help: "Do not offer structured replies
+
+            For tests of clients, which then cannot be told of holes in what they read.
+        ",
         effect: Effect::Flag(|options| options.no_structured_replies = true),
     },
     OptionSpec {
         short: Some('o'),
         long: &["oldstyle", "old-style"],
-        help: "Speak the oldstyle protocol, for old clients",
+        help: "Speak the oldstyle protocol, for old clients
+
+            There are no export names then, and no options to negotiate, TLS among them.
+        ",
         effect: Effect::Flag(|options| options.oldstyle = true),
     },
     OptionSpec {
         short: Some('P'),
         long: &["pidfile", "pid-file"],
-        help: "Write the process id here when ready to serve",
+        help: "Write the process id here when ready to serve
+
+            It is written when clients can connect, and removed at the end if it still holds the server's process
+            id. With `--run` it is there before the command starts.
+        ",
         effect: Effect::Value("PIDFILE", |options, value| {
             options.pidfile = Some(PathBuf::from(value));
             Ok(())
@@ -270,7 +386,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('p'),
         long: &["port"],
-        help: "Listen on this TCP port or service [10809]",
+        help: "Listen on this TCP port or service [10809]
+
+            A number, or the name of a service. Not together with `-U`.
+        ",
         effect: Effect::Value("PORT", |options, value| {
             options.port = Some(text("port", value)?.to_owned());
             Ok(())
@@ -279,13 +398,23 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["print-uri", "print-url", "show-uri", "show-url"],
-        help: "Print the URI for clients",
+        help: "Print the URI for clients
+
+            It goes to stdout when the server listens, also quoted for a shell, with a command that looks at it.
+        ",
         effect: Effect::Flag(|options| options.print_uri = true),
     },
     OptionSpec {
         short: None,
         long: &["probe"],
-        help: "Only say what the NBD server at URI offers",
+        help: "Only say what the NBD server at URI offers
+
+            The protocol, the exports, their sizes, and what can be done with them. Nothing is served, so there is
+            no plugin, and the only other options are `--json` and `--timeout`, which is 10 seconds for each step
+            unless given.
+
+                nbdcaptive --probe nbd://localhost
+        ",
         effect: Effect::Value("URI", |options, value| {
             options.probe = Some(value.to_owned());
             Ok(())
@@ -294,13 +423,22 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('r'),
         long: &["readonly", "read-only"],
-        help: "Clients may not write",
+        help: "Clients may not write
+
+            Some plugins and filters never let them. The nbdcaptive-cow-filter(1) makes any disk writable, for
+            as long as the server runs.
+        ",
         effect: Effect::Flag(|options| options.read_only = true),
     },
     OptionSpec {
         short: None,
         long: &["run"],
-        help: "Serve while this shell command runs, then end",
+        help: "Serve while this shell command runs, then end
+
+            The command is given to `/bin/sh -c` when clients can connect. It finds the server by the variables
+            `$uri`, `$port`, `$unixsocket` and others, and its exit status becomes that of nbdcaptive. Implies `-f`,
+            and `-U -` where no `-p` is given. See nbdcaptive-captive(1).
+        ",
         effect: Effect::Value("COMMAND", |options, value| {
             options.run = Some(value.to_owned());
             Ok(())
@@ -319,13 +457,21 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('s'),
         long: &["single", "stdin"],
-        help: "Serve one client on stdin and stdout",
+        help: "Serve one client on stdin and stdout
+
+            The server ends when that client has left. For inetd(8) and the like. Implies `-f`; not together with
+            `-p`, `-U` or `--run`.
+        ",
         effect: Effect::Flag(|options| options.single = true),
     },
     OptionSpec {
         short: None,
         long: &["spin"],
-        help: "Time to look for requests before sleeping [50us]",
+        help: "Time to look for requests before sleeping [50us]
+
+            A thread whose client has just asked something looks for its next request that long before it goes to
+            sleep, if processors are idle. More makes answers faster, and costs power; 0 never looks.
+        ",
         effect: Effect::Value("TIME", |options, value| {
             options.spin = values::delay("spin", &value.to_string_lossy())?;
             Ok(())
@@ -340,7 +486,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('t'),
         long: &["threads"],
-        help: "How many requests of a client run at once",
+        help: "How many requests of a client run at once
+
+            For plugins that take several requests at a time, 16 unless given. With 1 they are answered in the order
+            in which they come.
+        ",
         effect: Effect::Value("THREADS", |options, value| {
             options.threads = NonZeroU32::new(values::unsigned("threads", &value.to_string_lossy())?);
             Ok(())
@@ -349,7 +499,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["timeout", "time-out"],
-        help: "Drop clients that take longer to negotiate",
+        help: "Drop clients that take longer to negotiate
+
+            The time runs from the connection up to the end of the negotiation. Without this option, or with 0,
+            there is no limit. With `--probe` it is how long the server may take for a step.
+        ",
         effect: Effect::Value("SECS", |options, value| {
             let timeout = values::delay("timeout", &value.to_string_lossy())?;
             options.timeout = Some(timeout).filter(|timeout| !timeout.is_zero());
@@ -359,8 +513,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["tls"],
-        help: "TLS: off, on (clients choose) or require",
-        effect: Effect::Value("MODE", |options, value| {
+        help: "Encrypt: never, if the client wants to, always
+
+            With `on` the client decides; with `require` one that does not use TLS is shown nothing.
+        ",
+        effect: Effect::Value("off|on|require", |options, value| {
             let value = value.to_string_lossy();
             options.tls = match value.to_ascii_lowercase().as_str() {
                 "require" | "required" | "force" => Tls::Require,
@@ -398,7 +555,12 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('U'),
         long: &["unix"],
-        help: "Listen on this Unix socket; - is a private one",
+        help: "Listen on this Unix socket; - is a private one
+
+            A dead socket that is there already is taken over; anything else at that place is an error and left
+            alone. The socket is removed when no more clients are taken. `-` stands for a socket in a new directory
+            that only the same user can look into, which `--print-uri` tells of. Not together with `-p`.
+        ",
         effect: Effect::Value("SOCKET", |options, value| {
             options.unix = Some(if value == "-" { Unix::Private } else { Unix::Path(PathBuf::from(value)) });
             Ok(())
@@ -407,7 +569,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('u'),
         long: &["user"],
-        help: "Become this user once listening",
+        help: "Become this user once listening
+
+            A name or a number. For this the server has to be started as root. With `--run` the command stays who
+            the caller is.
+        ",
         effect: Effect::Value("USER", |options, value| {
             options.user = Some(value.to_string_lossy().into_owned());
             Ok(())
@@ -416,7 +582,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('v'),
         long: &["verbose"],
-        help: "Say on stderr what happens",
+        help: "Say on stderr what happens
+
+            Useful together with `-f`.
+        ",
         effect: Effect::Flag(|options| options.verbose = true),
     },
     OptionSpec {
