@@ -23,8 +23,8 @@ pub struct Stack {
     pub lifetime: Lifetime,
     /// The plugin's name.
     pub plugin: &'static str,
-    /// What the plugin wants done when the server listens.
-    pub after_fork: Option<Step>,
+    /// What is to be done when the server listens, in this order.
+    pub after_fork: Vec<Step>,
     /// A message asks for the end.
     pub asked: Receiver<()>,
 }
@@ -112,7 +112,7 @@ impl Layers {
             filter.config_complete()?;
         }
         let mut lifetime = Lifetime::default();
-        let after_fork = self.plugin.1.after_fork();
+        let mut after_fork: Vec<Step> = self.plugin.1.after_fork().into_iter().collect();
         let traced = |about: &About, exports| match self.trace {
             Some(trace) => trace.over(about.name, exports),
             None => exports,
@@ -121,6 +121,7 @@ impl Layers {
         for (about, filter) in self.filters.into_iter().rev() {
             exports = traced(about, filter.ready(exports, &mut lifetime)?);
         }
+        after_fork.append(&mut lifetime.after_fork);
         Ok(Stack { exports, lifetime, plugin: self.plugin.0.name, after_fork, asked })
     }
 

@@ -171,8 +171,11 @@ pub trait Filter {
         Vec::new()
     }
 
-    /// Takes one parameter; the key is one of [`About::parameters`].
-    fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError>;
+    /// Takes one parameter; the key is one of [`About::parameters`]. The default is that of a filter that has none.
+    fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
+        let _ = value;
+        Err(ConfigError(format!("unknown parameter '{key}'")))
+    }
 
     /// Checks the whole.
     fn config_complete(&mut self) -> Result<(), ConfigError> {
@@ -184,9 +187,11 @@ pub trait Filter {
     -> Result<Arc<dyn Exports>, ConfigError>;
 }
 
-/// What filters may say about when the server ends.
+/// What filters may say about when the server begins and ends.
 #[derive(Default)]
 pub struct Lifetime {
+    /// What is to be done when the server listens, before the first client, after what the plugin wants done then.
+    pub after_fork: Vec<Step>,
     /// End when the last client has left (`exitlast`).
     pub exit_last: bool,
     /// End when any of these has happened (`exitwhen`).

@@ -237,8 +237,8 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
                 name.iter().for_each(|name| report.debug(format_args!("changed {what} to {name}")));
             }
         }
-        if let Some(after_fork) = after_fork {
-            after_fork().map_err(|error| format!("error: {error}"))?;
+        for step in after_fork {
+            step().map_err(|error| format!("error: {error}"))?;
         }
         Ok(source)
     };

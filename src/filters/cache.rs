@@ -17,32 +17,28 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nbdcaptive_actors::device::{
-    BlockSize, Call, Capabilities, Client, Device, Error, Exports, Extents, Flags, Result, Segments, Support,
-    ThreadModel,
+    BlockSize, Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments,
+    Support, ThreadModel,
 };
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use super::next::ask;
+use super::kit::{optional, unknown};
 use crate::block_map::{BlockMap, State};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::overlay::{self, OnRead, Sink, Stripes, Temporary};
 use crate::values;
-
-const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
-    Parameter { key, value, help, required: false }
-}
 
 /// See the module.
 pub static ABOUT: About = About {
     name: "cache",
     summary: "keep data in a temporary file, so that the plugin is asked less",
     parameters: &[
-        parameter("cache", "writeback|writethrough|unsafe", "when writes go to the plugin, at a flush unless given"),
-        parameter("cache-min-block-size", "<SIZE>", "what is cached at a time, at least, 64K"),
-        parameter("cache-max-size", "<SIZE>", "the space that the cache may take"),
-        parameter("cache-high-threshold", "<PERCENT>", "how full it gets before something is thrown out, 95"),
-        parameter("cache-low-threshold", "<PERCENT>", "how full it is after that, 80"),
-        parameter("cache-on-read", "<BOOL>|/PATH", "cache what is read; with a path, as long as that exists"),
+        optional("cache", "writeback|writethrough|unsafe", "when writes go to the plugin, at a flush unless given"),
+        optional("cache-min-block-size", "<SIZE>", "what is cached at a time, at least, 64K"),
+        optional("cache-max-size", "<SIZE>", "the space that the cache may take"),
+        optional("cache-high-threshold", "<PERCENT>", "how full it gets before something is thrown out, 95"),
+        optional("cache-low-threshold", "<PERCENT>", "how full it is after that, 80"),
+        optional("cache-on-read", "<BOOL>|/PATH", "cache what is read; with a path, as long as that exists"),
     ],
     magic_key: None,
     thread_model: ThreadModel::Parallel,
@@ -125,7 +121,7 @@ impl Filter for Cache {
             "cache-high-threshold" => self.high = percent()?,
             "cache-low-threshold" => self.low = percent()?,
             "cache-on-read" => self.on_read = OnRead::parse(key, value)?,
-            _ => return error(format!("unknown parameter '{key}'")),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }
@@ -167,8 +163,7 @@ impl FilterExports for Caches {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = self.next.open(client)?;
-        let (next, (size, capabilities)) = ask(next, |next| Ok((next.size()?, next.capabilities()?)))?;
+        let next = Next::open(&*self.next, client)?;
         let store = {
             let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
             // Any client can ask for any name: what holds nothing is not kept.
@@ -176,7 +171,19 @@ impl FilterExports for Caches {
             Arc::clone(stores.entry(client.export_name.clone()).or_default())
         };
         let settings = Arc::clone(&self.settings);
-        Ok(Box::new(Filtered(CacheDevice { next, settings, store, size, capabilities })))
+        Ok(Box::new(Filtered(CacheDevice { next, settings, store })))
+    }
+
+    fn unloads(&self) -> bool {
+        self.settings.mode == Mode::Writeback
+    }
+
+    fn unload(&self) -> Result<()> {
+        let stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        match stores.values().any(|store| store.is_dirty()) {
+            true => Err(Error::failed(ErrorCode::Io, "cache: not all that was written could be written back")),
+            false => Ok(()),
+        }
     }
 }
 
@@ -189,6 +196,14 @@ struct Store {
     /// Made when it is first needed.
     file: OnceLock<Temporary>,
     making: Mutex<()>,
+}
+
+impl Store {
+    /// There is something that the next device has not got.
+    fn is_dirty(&self) -> bool {
+        let index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        index.map.find(0, |state| state == DIRTY).is_some()
+    }
 }
 
 /// Which blocks there are.
@@ -254,12 +269,9 @@ impl Index {
 
 /// One client's device.
 struct CacheDevice {
-    next: Box<dyn Device>,
+    next: Next,
     settings: Arc<Cache>,
     store: Arc<Store>,
-    size: u64,
-    /// The next device's.
-    capabilities: Capabilities,
 }
 
 impl CacheDevice {
@@ -282,7 +294,7 @@ impl CacheDevice {
     /// The bytes of a block.
     fn bytes(&self, block: u64) -> Range<u64> {
         let size = self.settings.block_size;
-        block * size..(block + 1).saturating_mul(size).min(self.size)
+        block * size..(block + 1).saturating_mul(size).min(self.next.bytes())
     }
 
     /// The blocks that a range touches, each with the part of it that is in the range.
@@ -296,7 +308,7 @@ impl CacheDevice {
 
     /// A quarter of the blocks that there may be are remembered as used lately, in two turns.
     fn turn(&self) -> u64 {
-        (self.settings.max_size.unwrap_or(self.size) / self.settings.block_size / 4).max(100) / 2
+        (self.settings.max_size.unwrap_or(self.next.bytes()) / self.settings.block_size / 4).max(100) / 2
     }
 
     fn used(&self, block: u64) {
@@ -352,7 +364,7 @@ impl CacheDevice {
             let (cached, run) = self.run(at, bytes.end);
             if !cached && !self.settings.on_read.is_on() {
                 // Whether a block comes into the cache meanwhile does not matter: who wrote it has no answer yet.
-                sink.read(&*self.next, (run - at) as usize, at, call)?;
+                sink.read(&self.next, (run - at) as usize, at, call)?;
                 at = run;
                 continue;
             }
@@ -371,7 +383,7 @@ impl CacheDevice {
                     self.used(block);
                 } else {
                     drop(lock);
-                    sink.read(&*self.next, length, part.start, call)?;
+                    sink.read(&self.next, length, part.start, call)?;
                 }
             }
             at = run;
@@ -483,15 +495,11 @@ impl CacheDevice {
 
 impl filter::Filter for CacheDevice {
     fn next(&self) -> &dyn Device {
-        &*self.next
-    }
-
-    fn size(&self) -> Result<u64> {
-        Ok(self.size)
+        &self.next
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
-        let next = self.capabilities;
+        let next = *self.next.offered();
         let is_unsafe = self.settings.mode == Mode::Unsafe;
         // A power of two below 2^32.
         let block = self.settings.block_size as u32;
@@ -569,6 +577,21 @@ impl filter::Filter for CacheDevice {
         Ok(())
     }
 
+    /// The next device may have something else there afterwards. What it has not got yet stays, and will be written.
+    fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
+        let size = self.settings.block_size;
+        let blocks = offset / size..(offset + length).div_ceil(size);
+        let _locks = self.store.stripes.lock(blocks.clone());
+        let trimmed = self.next.trim(length, offset, flags, call);
+        let mut index = self.index();
+        let mut from = blocks.start;
+        while let Some(block) = index.map.find(from, |state| state == CLEAN).filter(|block| *block < blocks.end) {
+            index.set(block, NOT_CACHED);
+            from = block + 1;
+        }
+        trimmed
+    }
+
     /// The next device's, but what it has not got yet is data.
     fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
         let size = self.settings.block_size;
@@ -601,10 +624,13 @@ impl filter::Filter for CacheDevice {
         Ok(())
     }
 
-    /// Clients of a next device that cannot be flushed are not asked to flush, and what they wrote is not lost all the same.
+    /// Nobody may have asked for a flush: the next device has none, or a filter in front keeps them to itself. What fails is
+    /// tried again by the next client; if there is none, the end tells.
     fn close(&self) -> Result<()> {
-        if self.settings.mode == Mode::Writeback && !self.capabilities.flush && self.capabilities.write {
-            return self.write_all_back(&Call::BLOCKING);
+        let offered = self.next.offered();
+        let is_due = self.settings.mode == Mode::Writeback && offered.write && self.store.is_dirty();
+        if is_due && self.write_all_back(&Call::BLOCKING).is_ok() && offered.flush {
+            return self.next.flush(&Call::BLOCKING);
         }
         Ok(())
     }
@@ -783,6 +809,40 @@ mod tests {
         assert_eq!(first(), (65536, 0));
         device.flush(CALL).unwrap();
         assert_eq!(first(), (1, 3));
+    }
+
+    #[test]
+    fn a_trim_changes_what_is_cached_and_what_is_not_written_back_stays() {
+        let script = Script::new(vec![1; 300_000]);
+        let device = open(&script, &[("cache-on-read", "true")]);
+        device.read(&mut [0; 300_000], 0, CALL).unwrap();
+        write(&*device, b"a", 70_000).unwrap();
+        script.log();
+        device.trim(200_000, 10, Flags::default(), CALL).unwrap();
+        assert_eq!(script.log(), "trim:10+200000");
+        script.disk.lock().unwrap()[..200_000].fill(9);
+        let mut buffer = [0; 300_000];
+        device.read(&mut buffer, 0, CALL).unwrap();
+        assert_eq!((buffer[20], buffer[70_000], buffer[70_001], buffer[140_000], buffer[299_999]), (9, b'a', 1, 9, 1));
+        assert_eq!(script.log(), "read:0+65536 read:131072+65536 read:196608+65536");
+    }
+
+    #[test]
+    fn what_nobody_flushes_is_written_back_when_a_client_leaves_or_the_end_says_that_it_is_lost() {
+        let script = Script::new(vec![1; 200_000]);
+        let next = Arc::new(Scripted(Arc::clone(&script)));
+        let exports = before(next, "cache", &[]).unwrap();
+        let device = exports.open(&Client::default()).unwrap();
+        write(&*device, b"a", 5).unwrap();
+        script.fail("write", 1);
+        device.close().unwrap();
+        let lost = exports.unload().unwrap_err().to_string();
+        assert_eq!(lost, "cache: not all that was written could be written back");
+        // The next client tries again.
+        exports.open(&Client::default()).unwrap().close().unwrap();
+        exports.unload().unwrap();
+        assert_eq!(script.disk.lock().unwrap()[5], b'a');
+        assert!(script.log().ends_with("open write:0+65536 flush close"));
     }
 
     #[test]

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use nbdcaptive_actors::device::{
     self, Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Support, ThreadModel, ZERO,
 };
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -28,10 +28,6 @@ const PIECE: usize = 1 << 20;
 pub struct CheckWrite;
 
 impl Filter for CheckWrite {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> Result<(), ConfigError> {
-        Err(ConfigError(format!("unknown parameter '{key}'")))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
@@ -48,23 +44,11 @@ impl FilterExports for Checks {
         &*self.0
     }
     fn open(&self, client: &Client) -> device::Result<Box<dyn Device>> {
-        let next = self.0.open(&Client { read_only: true, ..client.clone() })?;
-        let extents = match next.capabilities() {
-            Ok(capabilities) => capabilities.extents,
-            Err(error) => {
-                let _ = next.close();
-                return Err(error);
-            }
-        };
-        Ok(Box::new(Filtered(Check { next, extents })))
+        Ok(Box::new(Filtered(Check(Next::open(&*self.0, &Client { read_only: true, ..client.clone() })?))))
     }
 }
 
-struct Check {
-    next: Box<dyn Device>,
-    /// The next device knows where it is zeroes.
-    extents: bool,
-}
+struct Check(Next);
 
 impl Check {
     /// Compares what is at `offset` with `data`, or with so many zeroes.
@@ -74,7 +58,7 @@ impl Check {
         while done < length {
             let count = buffer.len().min(usize::try_from(length - done).unwrap_or(PIECE));
             let there = &mut buffer[..count];
-            self.next.read(there, offset + done, call)?;
+            self.0.read(there, offset + done, call)?;
             let same = match data {
                 Some(data) => *there == data[done as usize..done as usize + count],
                 None => there.iter().all(|byte| *byte == 0),
@@ -97,14 +81,14 @@ impl Check {
             }
             self.compare(length, offset, None, call)
         };
-        if !self.extents {
+        if !self.0.offered().extents {
             return compare(length, offset);
         }
         let end = offset + length;
         let mut at = offset;
         while at < end {
             let mut extents = Extents::new(at, end - at, false);
-            self.next.extents(&mut extents, call)?;
+            self.0.extents(&mut extents, call)?;
             if extents.list().is_empty() {
                 return Err(Error::failed(ErrorCode::Io, "the device described no extent"));
             }
@@ -121,7 +105,7 @@ impl Check {
 
 impl filter::Filter for Check {
     fn next(&self) -> &dyn Device {
-        &*self.next
+        &self.0
     }
     fn capabilities(&self) -> device::Result<Capabilities> {
         Ok(Capabilities {
@@ -133,7 +117,7 @@ impl filter::Filter for Check {
             fua: Support::Native,
             multi_conn: true,
             takes_blocks: false,
-            ..self.next.capabilities()?
+            ..self.0.capabilities()?
         })
     }
     fn write(&self, data: &[u8], offset: u64, _flags: Flags, call: &Call) -> device::Result<()> {

@@ -6,8 +6,8 @@ use std::sync::{Arc, OnceLock};
 use nbdcaptive_actors::device::{Call, Client, Connection, Device, Exports, Extents, Result, ThreadModel};
 use nbdcaptive_actors::filter::{FilterExports, Filtered, FilteredExports, Next};
 
-use super::kit::{Gate, Gated, Request, unknown};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use super::kit::{Gate, Gated, Request};
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -24,10 +24,6 @@ pub static ABOUT: About = About {
 pub struct Count;
 
 impl Filter for Count {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> std::result::Result<(), ConfigError> {
-        Err(unknown(key))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,

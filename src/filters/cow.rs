@@ -14,9 +14,9 @@ use nbdcaptive_actors::device::{
     BlockSize, Call, Capabilities, Client, Device, Error, Exports, Extents, Flags, HOLE, MetaContext, Result, Segments,
     Support, ThreadModel, ZERO,
 };
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use super::next::ask;
+use super::kit::unknown;
 use crate::block_map::{BlockMap, State};
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::overlay::{self, OnRead, Sink, Stripes, Temporary};
@@ -87,7 +87,7 @@ impl Filter for Cow {
             }
             "cow-on-cache" => self.on_cache = values::boolean(value.text(key)?).map_err(ConfigError)?,
             "cow-on-read" => self.on_read = OnRead::parse(key, value)?,
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }
@@ -115,9 +115,8 @@ impl FilterExports for Overlays {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = self.next.open(&Client { read_only: true, ..client.clone() })?;
-        let (next, (size, capabilities, depth)) =
-            ask(next, |next| Ok((next.size()?, next.capabilities()?, self.own_context(client)?)))?;
+        let next = Next::open(&*self.next, &Client { read_only: true, ..client.clone() })?;
+        let (next, depth) = next.look(|_| self.own_context(client))?;
         let overlay = {
             let mut overlays = self.overlays.lock().unwrap_or_else(PoisonError::into_inner);
             // Any client can ask for any name: what nobody has written to is not kept.
@@ -125,7 +124,7 @@ impl FilterExports for Overlays {
             Arc::clone(overlays.entry(client.export_name.clone()).or_default())
         };
         let settings = Arc::clone(&self.settings);
-        Ok(Box::new(Filtered(CowDevice { next, settings, overlay, size, capabilities, depth })))
+        Ok(Box::new(Filtered(CowDevice { next, settings, overlay, depth })))
     }
 
     fn meta_contexts(&self, client: &Client) -> Result<Vec<MetaContext>> {
@@ -169,12 +168,9 @@ impl Overlay {
 
 /// One client's device.
 struct CowDevice {
-    next: Box<dyn Device>,
+    next: Next,
     settings: Arc<Cow>,
     overlay: Arc<Overlay>,
-    size: u64,
-    /// The next device's.
-    capabilities: Capabilities,
     /// The number of our own context.
     depth: Option<usize>,
 }
@@ -214,7 +210,7 @@ impl CowDevice {
     /// The bytes of these blocks.
     fn bytes(&self, blocks: Range<u64>) -> Range<u64> {
         let size = self.settings.block_size;
-        blocks.start * size..blocks.end.saturating_mul(size).min(self.size)
+        blocks.start * size..blocks.end.saturating_mul(size).min(self.next.bytes())
     }
 
     /// Copies one block from the next device into the file, all but `except`. Called with the block's lock.
@@ -244,7 +240,7 @@ impl CowDevice {
         for block in bytes.start / size..bytes.end.div_ceil(size) {
             let _lock = self.overlay.stripes.of(block);
             if self.state(block) == NOT_ALLOCATED {
-                self.copy(block, self.size..self.size, call)?;
+                self.copy(block, self.next.bytes()..self.next.bytes(), call)?;
                 self.set(block..block + 1, ALLOCATED);
             }
         }
@@ -257,7 +253,7 @@ impl CowDevice {
             let (state, run) = self.run(at, bytes.end);
             let length = (run.end - at) as usize;
             match state {
-                NOT_ALLOCATED if !self.fill_on_read(&run, call)? => sink.read(&*self.next, length, at, call)?,
+                NOT_ALLOCATED if !self.fill_on_read(&run, call)? => sink.read(&self.next, length, at, call)?,
                 TRIMMED => sink.zeroes(length),
                 _ => self.file()?.read(sink.space(length), at)?,
             }
@@ -289,7 +285,7 @@ impl CowDevice {
             let inside = self.bytes(block..block + 1);
             let end = if inside.start == at && bytes.end >= inside.end {
                 // The last block of the device may be short and is whole all the same.
-                let last = if bytes.end == self.size { bytes.end.div_ceil(size) } else { bytes.end / size };
+                let last = if bytes.end == self.next.bytes() { bytes.end.div_ceil(size) } else { bytes.end / size };
                 let _locks = self.overlay.stripes.lock(block..last);
                 whole(block..last)?;
                 self.bytes(block..last).end
@@ -333,17 +329,13 @@ impl CowDevice {
 
 impl filter::Filter for CowDevice {
     fn next(&self) -> &dyn Device {
-        &*self.next
-    }
-
-    fn size(&self) -> Result<u64> {
-        Ok(self.size)
+        &self.next
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
         // A power of two below 2^32.
         let block = self.settings.block_size as u32;
-        let block_size = match self.capabilities.block_size {
+        let block_size = match self.next.offered().block_size {
             None => BlockSize { minimum: 1, preferred: block, maximum: u32::MAX },
             Some(next) if next.maximum >= block => BlockSize { preferred: next.preferred.max(block), ..next },
             Some(next) => next,
@@ -360,7 +352,7 @@ impl filter::Filter for CowDevice {
             extents: true,
             takes_blocks: false,
             block_size: Some(block_size),
-            ..self.capabilities
+            ..self.next.capabilities()?
         })
     }
 
@@ -438,19 +430,10 @@ impl filter::Filter for CowDevice {
         while at < end {
             let (state, run) = self.run(at, end);
             let length = run.end - at;
-            match (state, self.capabilities.cache) {
-                (NOT_ALLOCATED, _) if self.settings.on_cache => self.fill(run.clone(), call)?,
-                (NOT_ALLOCATED, Support::Native) => self.next.cache(length, at, call)?,
-                (NOT_ALLOCATED, Support::Emulate) => {
-                    let mut buffer = vec![0; length.min(PIECE) as usize];
-                    let mut from = at;
-                    while from < run.end {
-                        let piece = (run.end - from).min(PIECE);
-                        self.next.read(&mut buffer[..piece as usize], from, call)?;
-                        from += piece;
-                    }
-                }
-                (ALLOCATED, _) => self.file()?.will_need(at, length),
+            match state {
+                NOT_ALLOCATED if self.settings.on_cache => self.fill(run.clone(), call)?,
+                NOT_ALLOCATED if self.next.offered().cache != Support::None => self.next.cache(length, at, call)?,
+                ALLOCATED => self.file()?.will_need(at, length),
                 _ => {}
             }
             at = run.end;
@@ -465,7 +448,7 @@ impl filter::Filter for CowDevice {
             let (state, run) = self.run(at, end);
             let length = run.end - at;
             let more = match state {
-                NOT_ALLOCATED if self.capabilities.extents => {
+                NOT_ALLOCATED if self.next.offered().extents => {
                     let mut part = Extents::new(at, length, extents.one());
                     self.next.extents(&mut part, call)?;
                     let mut from = at;

@@ -12,6 +12,7 @@ use nbdcaptive_actors::device::{
 };
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
+use super::kit::unknown;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::values;
 
@@ -40,7 +41,7 @@ pub struct Ddrescue {
 impl Filter for Ddrescue {
     fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
         if key != "ddrescue-mapfile" {
-            return Err(ConfigError(format!("unknown parameter '{key}'")));
+            return Err(unknown(key));
         }
         let name = value.path().display();
         let file = std::fs::File::open(value.path())

@@ -7,9 +7,9 @@ use nbdcaptive_actors::device::{Call, Error, ErrorCode, Exports, Result, ThreadM
 use nbdcaptive_actors::filter::{Filtered, Next};
 
 use super::kit::{Gate, Gated, Request, absolute, each, optional, unknown};
-use super::random::{Random, seed};
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::values;
+use crate::xoshiro::{self, Xoshiro};
 
 const ERRORS: &str = "EPERM|EIO|ENOMEM|EINVAL|ENOSPC|ESHUTDOWN";
 
@@ -126,7 +126,8 @@ impl Filter for ErrorInject {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        let rules = Arc::new(Rules { failures: self.failures, random: Mutex::new(Random::new(seed())) });
+        let rules =
+            Arc::new(Rules { failures: self.failures, random: Mutex::new(Xoshiro::new(xoshiro::seed().into())) });
         Ok(each(next, move |next, client| {
             Ok(Filtered(Gated(Disk { next: Next::open(next, client)?, rules: Arc::clone(&rules) })))
         }))
@@ -135,7 +136,7 @@ impl Filter for ErrorInject {
 
 struct Rules {
     failures: [Failure; KINDS.len()],
-    random: Mutex<Random>,
+    random: Mutex<Xoshiro>,
 }
 
 impl Rules {
@@ -144,7 +145,7 @@ impl Rules {
             return false;
         }
         // Numbers have no state that a panic could leave half done.
-        let number = || self.random.lock().unwrap_or_else(PoisonError::into_inner).next() as u32;
+        let number = || self.random.lock().unwrap_or_else(PoisonError::into_inner).word() as u32;
         failure.rate >= 1.0 || f64::from(number()) < failure.rate * f64::from(u32::MAX)
     }
 }

@@ -10,9 +10,9 @@ use nbdcaptive_actors::device::{Call, Client, Device, Exports, Result, ThreadMod
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
 use super::kit::{optional, unknown};
-use super::random::{Random, seed};
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
+use crate::xoshiro::{self, Xoshiro};
 
 const MODES: &str = "cosmic-rays|stuck-bits|stuck-wires";
 
@@ -57,7 +57,7 @@ pub struct Evil {
 
 impl Default for Evil {
     fn default() -> Evil {
-        Evil { mode: Mode::default(), probability: None, stuck: 1.0, seed: seed() as u32 }
+        Evil { mode: Mode::default(), probability: None, stuck: 1.0, seed: xoshiro::seed() }
     }
 }
 
@@ -96,7 +96,7 @@ impl Filter for Evil {
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
         let Evil { mode, probability, stuck, seed } = *self;
         let probability = probability.unwrap_or(if mode == Mode::StuckWires { 1e-6 } else { 1e-8 });
-        let harm = Harm { mode, probability, stuck, seed: seed.into(), rays: Mutex::new(Random::new(seed.into())) };
+        let harm = Harm { mode, probability, stuck, seed: seed.into(), rays: Mutex::new(Xoshiro::new(seed.into())) };
         Ok(Arc::new(FilteredExports(Harmed { next, harm: Arc::new(harm) })))
     }
 }
@@ -107,7 +107,7 @@ struct Harm {
     stuck: f64,
     seed: u64,
     /// The sequence of [`Mode::CosmicRays`].
-    rays: Mutex<Random>,
+    rays: Mutex<Xoshiro>,
 }
 
 impl Harm {
@@ -126,14 +126,14 @@ impl Harm {
                 let mut random = self.rays.lock().unwrap_or_else(PoisonError::into_inner);
                 self.corrupt_part(data, 0, &mut random);
             }
-            Mode::StuckWires => self.corrupt_part(data, 0, &mut Random::new(self.seed)),
+            Mode::StuckWires => self.corrupt_part(data, 0, &mut Xoshiro::new(self.seed)),
             Mode::StuckBits => {
                 let block = self.block();
                 let (mut start, mut offset) = (offset - offset % block, offset);
                 while !data.is_empty() {
                     let length = (start + block - offset).min(data.len() as u64);
                     let (part, rest) = data.split_at_mut(length as usize);
-                    self.corrupt_part(part, offset - start, &mut Random::new(self.seed.wrapping_add(start)));
+                    self.corrupt_part(part, offset - start, &mut Xoshiro::new(self.seed.wrapping_add(start)));
                     start += block;
                     offset += length;
                     data = rest;
@@ -143,13 +143,13 @@ impl Harm {
     }
 
     /// Corrupts what is `from` bytes behind where the sequence starts.
-    fn corrupt_part(&self, data: &mut [u8], from: u64, random: &mut Random) {
+    fn corrupt_part(&self, data: &mut [u8], from: u64, random: &mut Xoshiro) {
         if self.probability < LEAST {
             return;
         }
         if self.probability > MOST {
             for byte in data {
-                (0..8).for_each(|bit| *byte = self.corrupt_bit(*byte, bit, random.next()));
+                (0..8).for_each(|bit| *byte = self.corrupt_bit(*byte, bit, random.word()));
             }
             return;
         }
@@ -158,9 +158,9 @@ impl Harm {
         let mut at = 0;
         loop {
             // In bits.
-            let step = random.next() % longest;
+            let step = random.word() % longest;
             // Taken in any case, so that the sequence is the same wherever a request starts.
-            let number = random.next();
+            let number = random.word();
             at += step / 8;
             if at >= end {
                 return;

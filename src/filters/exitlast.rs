@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use nbdcaptive_actors::device::{Exports, ThreadModel};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -22,10 +22,6 @@ pub static ABOUT: About = About {
 pub struct ExitLast;
 
 impl Filter for ExitLast {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> Result<(), ConfigError> {
-        Err(ConfigError(format!("unknown parameter '{key}'")))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,

@@ -22,7 +22,8 @@ use nbdcaptive_actors::Event;
 use nbdcaptive_actors::device::{Exports, ThreadModel};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use super::kit::{optional, unknown};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
 
 mod files;
@@ -39,23 +40,19 @@ use script::{Script, Verdict};
 /// for the server's answer to a signal does. A script that takes longer, or hangs, is waited for while the server serves.
 const FIRST_RUN: Duration = Duration::from_millis(500);
 
-const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
-    Parameter { key, value, help, required: false }
-}
-
 /// See the module.
 pub static ABOUT: About = About {
     name: "exitwhen",
     summary: "take no more clients after an event, and end when the last has left",
     parameters: &[
-        parameter("exit-when-file-created", "<FILENAME>", "when this file is there and can be read"),
-        parameter("exit-when-file-deleted", "<FILENAME>", "when this file is no longer there"),
-        parameter("exit-when-pipe-closed", "<FD>", "when the other end of this pipe or socket is closed"),
-        parameter("exit-when-fd-closed", "<FD>", "another name for exit-when-pipe-closed"),
-        parameter("exit-when-process-exits", "<PID>", "when this process exits"),
-        parameter("exit-when-pid-exits", "<PID>", "another name for exit-when-process-exits"),
-        parameter("exit-when-script", "<SCRIPT>", "when this command of /bin/sh exits with status 88"),
-        parameter("exit-when-poll", "<SECS>", "run scripts this often, 60 unless given"),
+        optional("exit-when-file-created", "<FILENAME>", "when this file is there and can be read"),
+        optional("exit-when-file-deleted", "<FILENAME>", "when this file is no longer there"),
+        optional("exit-when-pipe-closed", "<FD>", "when the other end of this pipe or socket is closed"),
+        optional("exit-when-fd-closed", "<FD>", "another name for exit-when-pipe-closed"),
+        optional("exit-when-process-exits", "<PID>", "when this process exits"),
+        optional("exit-when-pid-exits", "<PID>", "another name for exit-when-process-exits"),
+        optional("exit-when-script", "<SCRIPT>", "when this command of /bin/sh exits with status 88"),
+        optional("exit-when-poll", "<SECS>", "run scripts this often, 60 unless given"),
     ],
     magic_key: None,
     thread_model: ThreadModel::Parallel,
@@ -185,7 +182,7 @@ impl Filter for ExitWhen {
                 self.poll = Duration::from_secs(seconds.into());
                 Ok(())
             }
-            _ => Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => Err(unknown(key)),
         }
     }
 

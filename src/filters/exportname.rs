@@ -2,6 +2,7 @@
 //! Source: nbdkit filters/exportname/exportname.c, nbdkit-exportname-filter.pod.
 
 use std::ffi::OsString;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStringExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -101,7 +102,7 @@ impl Filter for ExportName {
                 } else if let Some(script) = bytes.strip_prefix(b"script:") {
                     Description::Script(script.to_owned())
                 } else if let Some(text) = value.text(key)?.strip_prefix("fixed:") {
-                    Description::Fixed(text.to_owned())
+                    Description::Fixed(shortened(text.to_owned()))
                 } else {
                     return Err(ConfigError(format!("unrecognized exportdesc mode: {}", value.text(key)?)));
                 }
@@ -156,18 +157,29 @@ impl Named {
 fn run(client: &Client, name: &[u8], script: &[u8]) -> Option<String> {
     let command = [b"export name; name=", &shell_quote(name)[..], b"\n", script, b"\n"].concat();
     let mut shell = Command::new("/bin/sh");
-    shell.arg("-c").arg(OsString::from_vec(command)).stdin(Stdio::null()).stderr(Stdio::inherit());
-    match shell.output() {
-        Ok(output) => {
-            let text = &output.stdout[..output.stdout.len().min(MAX_STRING)];
-            let text = String::from_utf8_lossy(text.strip_suffix(b"\n").unwrap_or(text)).into_owned();
-            Some(text)
-        }
+    shell.arg("-c").arg(OsString::from_vec(command)).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut output = || -> io::Result<Vec<u8>> {
+        let mut child = shell.spawn()?;
+        let mut text = Vec::new();
+        // What says more than may be said finds its pipe closed.
+        let read = child.stdout.take().map_or(Ok(0), |stdout| stdout.take(MAX_STRING as u64).read_to_end(&mut text));
+        child.wait()?;
+        read.map(|_| text)
+    };
+    match output() {
+        Ok(text) => Some(shortened(String::from_utf8_lossy(text.strip_suffix(b"\n").unwrap_or(&text)).into_owned())),
         Err(error) => {
             client.connection.debug(format_args!("exportdesc: {error}"));
             None
         }
     }
+}
+
+/// As much of a text as a string of the protocol may have.
+fn shortened(mut text: String) -> String {
+    let end = (0..=MAX_STRING.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    text.truncate(end.unwrap_or(0));
+    text
 }
 
 impl FilterExports for Named {
@@ -202,9 +214,10 @@ impl FilterExports for Named {
             return Ok(None);
         }
         match (&self.rules.default, self.rules.strict) {
-            (Some(name), _) => Ok(Some(name.clone())),
-            (None, true) => Ok(Some(Vec::new())),
-            (None, false) => self.next.default_export(client),
+            // Set to the empty name it is as if it were not set.
+            (Some(name), _) if !name.is_empty() => Ok(Some(name.clone())),
+            (_, true) => Ok(Some(Vec::new())),
+            (_, false) => self.next.default_export(client),
         }
     }
 
@@ -247,6 +260,7 @@ mod tests {
         let explicit = [("exportname-list", "explicit"), ("exportname", "a"), ("exportname", "b")];
         assert_eq!(names(&explicit), ["a", "b"]);
         assert_eq!(names(&[("exportname_list", "defaultonly"), ("default-export", "x")]), ["x"]);
+        assert_eq!(names(&[("exportname-list", "defaultonly"), ("default-export", "")]), [""]);
         let error = exports(&[("exportname-list", "error")]).list(&Client::default()).unwrap_err();
         assert_eq!(error.to_string(), "export list restricted by policy");
     }
@@ -273,6 +287,12 @@ mod tests {
         assert_eq!(describe("fixed:a b", ""), Some("a b".to_owned()));
         assert_eq!(describe("script:echo \"<$name>\"; echo", "a'\"$b"), Some("<a'\"$b>\n".to_owned()));
         assert_eq!(describe("script:head -c 5000 /dev/zero | tr '\\0' x", "").map(|text| text.len()), Some(4096));
+        assert_eq!(describe("script:yes '\u{b5}'", "").map(|text| text.len()), Some(4095), "and it ends");
+        let bytes = "script:head -c 5000 /dev/zero | tr '\\0' '\\377'";
+        assert!(
+            describe(bytes, "").is_some_and(|text| (4094..=4096).contains(&text.len())),
+            "what is no UTF-8 is longer"
+        );
         assert_eq!(refused("exportname", &[("exportdesc", "x")]), "unrecognized exportdesc mode: x");
         assert_eq!(refused("exportname", &[("exportname-list", "x")]), "unrecognized exportname-list mode: x");
     }

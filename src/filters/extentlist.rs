@@ -8,6 +8,7 @@ use std::sync::Arc;
 use nbdcaptive_actors::device::{self, Call, Capabilities, Client, Device, Exports, Extents, HOLE, ThreadModel, ZERO};
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
+use super::kit::unknown;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::values;
 
@@ -40,7 +41,7 @@ impl Filter for ExtentList {
                 self.path = Some(value.path().to_owned());
                 Ok(())
             }
-            _ => Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => Err(unknown(key)),
         }
     }
 

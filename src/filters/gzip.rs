@@ -13,10 +13,10 @@ use flate2::bufread::GzDecoder;
 use nbdcaptive_actors::device::{
     Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Result, Support, ThreadModel,
 };
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use super::next::{Stream, ask};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use super::next::{Stream, look_at_start};
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 use crate::overlay::{self, Temporary};
 
 /// See the module.
@@ -43,15 +43,12 @@ const MAGIC: [u8; 2] = [0x1f, 0x8b];
 pub struct Gzip;
 
 impl Filter for Gzip {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> std::result::Result<(), ConfigError> {
-        Err(ConfigError(format!("unknown parameter '{key}'")))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
-        _lifetime: &mut Lifetime,
+        lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        look_at_start(&next, lifetime, |next, _| begins_well(next));
         let directory = overlay::directory()?;
         Ok(Arc::new(FilteredExports(Files { next, directory, slots: Mutex::default() })))
     }
@@ -104,10 +101,10 @@ impl FilterExports for Files {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = self.next.open(&Client { read_only: true, ..client.clone() })?;
+        let next = Next::open(&*self.next, &Client { read_only: true, ..client.clone() })?;
         let slot = self.slot(&client.export_name);
-        let (next, unpacked) = ask(next, |next| {
-            let compressed = next.size()?;
+        let (next, unpacked) = next.look(|next| {
+            let compressed = next.bytes();
             let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
             let unpacked = match &*slot {
                 Some(unpacked) => Arc::clone(unpacked),
@@ -130,6 +127,13 @@ impl FilterExports for Files {
         let base = self.next.description(client)?;
         Some(format!("expansion of gzip-compressed image: {base}"))
     }
+}
+
+/// Unpacks the beginning of a device, which takes no time. Errors: it is no gzip file.
+fn begins_well(device: &Next) -> Result<()> {
+    let mut input = BufReader::with_capacity(OUTPUT, Stream::new(device, 0..device.bytes()));
+    let begun = GzDecoder::new(&mut input).read(&mut vec![0; OUTPUT]);
+    begun.map(drop).map_err(|error| input.into_inner().error("gzip: inflate", error))
 }
 
 /// Unpacks all of a device. What was written is gone again if that fails.
@@ -175,7 +179,7 @@ fn fill(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 /// One client's device.
 struct File {
     /// Not read any more, but a client's for as long as it is there.
-    next: Box<dyn Device>,
+    next: Next,
     unpacked: Arc<Unpacked>,
 }
 
@@ -183,7 +187,7 @@ impl filter::Filter for File {
     const CHANGES_DATA: bool = true;
 
     fn next(&self) -> &dyn Device {
-        &*self.next
+        &self.next
     }
 
     fn size(&self) -> Result<u64> {

@@ -33,7 +33,6 @@ pub mod openonce;
 pub mod partition;
 pub mod pause;
 pub mod protect;
-pub(crate) mod random;
 pub mod rate;
 pub mod readahead;
 pub mod readonly;

@@ -1,23 +1,72 @@
-//! What filters do with the device behind them before there is a filter: ask it, read it from its start to its end. And one
-//! for their tests, which fails when it is told to.
+//! What filters do with the device behind them before there is a filter: look at it before the server starts, read it from
+//! its start to its end. And one for their tests, which fails when it is told to.
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use nbdcaptive_actors::device::{Call, Device, Error, ErrorCode, Result};
+use nbdcaptive_actors::device::{Call, Client, Device, Error, ErrorCode, Exports, Result};
+use nbdcaptive_actors::filter::{Filter, FilterExports, Filtered, FilteredExports, Next};
 
-/// Asks a device that was just opened what a filter must know of it, and closes it if it does not say.
-pub(crate) fn ask<T>(
-    next: Box<dyn Device>,
-    question: impl FnOnce(&dyn Device) -> Result<T>,
-) -> Result<(Box<dyn Device>, T)> {
-    match question(&*next) {
-        Ok(answer) => Ok((next, answer)),
-        Err(error) => {
-            // What was wrong first is what counts.
-            let _ = next.close();
-            Err(error)
+use crate::layer::{ConfigError, Lifetime};
+
+/// Has the next layer's default export looked at before the server starts: what `look` refuses is a reason not to, because no
+/// client could be served what the parameters promise. An export that cannot be opened or read is the next layer's matter and
+/// a client's, who may ask for another one.
+pub(crate) fn look_at_start(
+    next: &Arc<dyn Exports>,
+    lifetime: &mut Lifetime,
+    look: impl FnOnce(&Next, &Client) -> Result<()> + Send + 'static,
+) {
+    let failed = Arc::new(AtomicBool::new(false));
+    let exports = FilteredExports(Watched { next: Arc::clone(next), failed: Arc::clone(&failed) });
+    lifetime.after_fork.push(Box::new(move || {
+        let client = Client { read_only: true, ..Client::default() };
+        let Ok(Some(export_name)) = exports.default_export(&client) else { return Ok(()) };
+        let client = Client { export_name, ..client };
+        let Ok(device) = Next::open(&exports, &client) else { return Ok(()) };
+        let looked = look(&device, &client);
+        // It was only read.
+        let _ = device.close();
+        match looked {
+            Err(error) if !failed.load(Ordering::Relaxed) => Err(ConfigError(error.to_string())),
+            _ => Ok(()),
         }
+    }));
+}
+
+/// Devices of which it is noted whether a read has failed.
+struct Watched {
+    next: Arc<dyn Exports>,
+    failed: Arc<AtomicBool>,
+}
+
+struct WatchedDevice {
+    next: Box<dyn Device>,
+    failed: Arc<AtomicBool>,
+}
+
+impl FilterExports for Watched {
+    fn next(&self) -> &dyn Exports {
+        &*self.next
+    }
+
+    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
+        Ok(Box::new(Filtered(WatchedDevice { next: self.next.open(client)?, failed: Arc::clone(&self.failed) })))
+    }
+}
+
+impl Filter for WatchedDevice {
+    // Every read comes this way.
+    const CHANGES_DATA: bool = true;
+
+    fn next(&self) -> &dyn Device {
+        &*self.next
+    }
+
+    fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
+        self.next.read(buffer, offset, call).inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
     }
 }
 

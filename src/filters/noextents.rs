@@ -5,8 +5,8 @@ use std::sync::Arc;
 use nbdcaptive_actors::device::{Capabilities, Device, Exports, Result, ThreadModel};
 use nbdcaptive_actors::filter::{self, Filtered, Next};
 
-use super::kit::{each, unknown};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use super::kit::each;
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -23,10 +23,6 @@ pub static ABOUT: About = About {
 pub struct NoExtents;
 
 impl Filter for NoExtents {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> std::result::Result<(), ConfigError> {
-        Err(unknown(key))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,

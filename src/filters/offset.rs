@@ -8,6 +8,7 @@ use nbdcaptive_actors::device::{
 use nbdcaptive_actors::filter::{self, Filtered, Next};
 
 use super::kit::{each, optional, shifted, unknown};
+use super::next::look_at_start;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
 
@@ -25,7 +26,7 @@ pub static ABOUT: About = About {
 };
 
 /// The filter.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Offset {
     offset: u64,
     range: Option<u64>,
@@ -45,11 +46,13 @@ impl Filter for Offset {
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
-        _lifetime: &mut Lifetime,
+        lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        let wanted = *self;
+        look_at_start(&next, lifetime, move |next, _| wanted.length(next.bytes()).map(drop));
         Ok(each(next, move |next, client| {
-            let (next, length) = Next::open(next, client)?.look(|next| self.length(next.bytes()))?;
-            Ok(Filtered(Window { next, start: self.offset, length }))
+            let (next, length) = Next::open(next, client)?.look(|next| wanted.length(next.bytes()))?;
+            Ok(Filtered(Window { next, start: wanted.offset, length }))
         }))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nbdcaptive_actors::device::{self, Client, Device, Exports, ThreadModel};
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -23,10 +23,6 @@ pub static ABOUT: About = About {
 pub struct OpenOnce;
 
 impl Filter for OpenOnce {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> Result<(), ConfigError> {
-        Err(ConfigError(format!("unknown parameter '{key}'")))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,

@@ -7,6 +7,7 @@ use nbdcaptive_actors::device::{Call, Client, Device, Error, ErrorCode, Exports,
 use nbdcaptive_actors::filter::{FilterExports, Filtered, FilteredExports, Next};
 
 use super::kit::{is_zero, optional, required, unknown};
+use super::next::look_at_start;
 use super::offset::Window;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
@@ -28,7 +29,7 @@ pub static ABOUT: About = About {
 const SECTORS: [u64; 2] = [512, 4096];
 
 /// The filter.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Partition {
     number: u32,
     sector: Option<u64>,
@@ -67,9 +68,11 @@ impl Filter for Partition {
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
-        _lifetime: &mut Lifetime,
+        lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        Ok(Arc::new(FilteredExports(Partitions { next, wanted: *self })))
+        let wanted = *self;
+        look_at_start(&next, lifetime, move |next, _| wanted.find(next).map(drop));
+        Ok(Arc::new(FilteredExports(Partitions { next, wanted })))
     }
 }
 

@@ -1,5 +1,6 @@
 //! `rate`: limits how many bits are read and written in a second, by all clients together and by each. Buckets hold tokens, one
-//! for a bit, and fill at the rate that is wanted up to what a burst may take; who finds too few waits.
+//! for a bit, and fill at the rate that is wanted up to what a burst may take; who finds too few waits until those that are
+//! lacking have come. (In nbdkit a request that is larger than a burst waits for the same tokens again and again.)
 //! Source: nbdkit filters/rate/rate.c, bucket.c, nbdkit-rate-filter.pod.
 
 use std::fs::File;
@@ -97,7 +98,8 @@ struct Bucket {
     rate: u64,
     /// How many seconds it takes to fill.
     burst: f64,
-    level: u64,
+    /// Negative where tokens were taken that are yet to come.
+    level: i128,
     filled: Instant,
 }
 
@@ -109,8 +111,12 @@ impl Bucket {
         bucket
     }
 
-    fn capacity(&self) -> u64 {
-        (self.rate as f64 * self.burst) as u64
+    fn capacity(&self) -> i128 {
+        (self.rate as f64 * self.burst) as i128
+    }
+
+    fn give_back(&mut self, tokens: u64) {
+        self.level = self.level.saturating_add(tokens.into()).min(self.capacity());
     }
 
     fn adjust(&mut self, rate: u64) {
@@ -118,24 +124,21 @@ impl Bucket {
         self.level = self.level.min(self.capacity());
     }
 
-    /// Takes up to `wanted` tokens. How many are lacking, and how long it takes until they are there; somebody else may take
-    /// those then.
-    fn take(&mut self, wanted: u64, now: Instant) -> Option<(u64, Duration)> {
+    /// Takes `wanted` tokens; those that are lacking are owed. How long it takes until they are there.
+    fn take(&mut self, wanted: u64, now: Instant) -> Option<Duration> {
         if self.rate == 0 {
             return None;
         }
         let elapsed = now.saturating_duration_since(self.filled).as_micros();
-        let fresh = u128::from(self.rate) * elapsed / 1_000_000;
-        self.level = u64::try_from(u128::from(self.level) + fresh).unwrap_or(u64::MAX).min(self.capacity());
+        let fresh = i128::try_from(u128::from(self.rate) * elapsed / 1_000_000).unwrap_or(i128::MAX);
+        self.level = self.level.saturating_add(fresh).min(self.capacity());
         // A time that gave no token counts the next time.
         if fresh > 0 || self.level == self.capacity() {
             self.filled = now;
         }
-        let lacking = wanted.saturating_sub(self.level);
-        self.level -= wanted - lacking;
-        let nanoseconds = 1_000_000_000 * u128::from(lacking) / u128::from(self.rate);
-        let wait = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
-        (lacking > 0).then_some((lacking, wait))
+        self.level = self.level.saturating_sub(wanted.into());
+        let nanoseconds = self.level.min(0).unsigned_abs().saturating_mul(1_000_000_000) / u128::from(self.rate);
+        (self.level < 0).then(|| Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX)))
     }
 }
 
@@ -165,13 +168,10 @@ impl Limit {
                 bucket.adjust(rate);
             }
         }
-        let mut bits = bytes.saturating_mul(8);
-        loop {
-            let lacking = bucket().take(bits, Instant::now());
-            let Some((lacking, time)) = lacking else { return Ok(()) };
-            bits = lacking;
-            connection.sleep(call, time)?;
-        }
+        let bits = bytes.saturating_mul(8);
+        let Some(time) = bucket().take(bits, Instant::now()) else { return Ok(()) };
+        // What a client has not waited for it does not get.
+        connection.sleep(call, time).inspect_err(|_| bucket().give_back(bits))
     }
 }
 
@@ -223,10 +223,22 @@ mod tests {
         let start = bucket.filled;
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         assert_eq!(bucket.take(1500, at(0)), None);
-        assert_eq!(bucket.take(1500, at(0)), Some((1000, Duration::from_secs(1))));
-        assert_eq!(bucket.take(1000, at(500)), Some((500, Duration::from_millis(500))));
-        assert_eq!(bucket.take(500, at(1000)), None);
-        assert_eq!(bucket.take(2001, at(100_000)), Some((1, Duration::from_millis(1))));
+        assert_eq!(bucket.take(1500, at(0)), Some(Duration::from_secs(1)));
+        // Whoever comes next waits behind that.
+        assert_eq!(bucket.take(1000, at(500)), Some(Duration::from_millis(1500)));
+        bucket.give_back(1000);
+        assert_eq!(bucket.take(1000, at(500)), Some(Duration::from_millis(1500)));
+        assert_eq!(bucket.take(0, at(2000)), None);
+        assert_eq!(bucket.take(500, at(2500)), None);
+        assert_eq!(bucket.take(2001, at(100_000)), Some(Duration::from_millis(1)));
+    }
+
+    #[test]
+    fn without_a_burst_every_request_waits_for_its_own_length() {
+        let mut bucket = Bucket::new(1000, 0.0);
+        let start = bucket.filled;
+        assert_eq!(bucket.take(4000, start), Some(Duration::from_secs(4)));
+        assert_eq!(bucket.take(1000, start + Duration::from_secs(10)), Some(Duration::from_secs(1)));
     }
 
     #[test]
@@ -250,8 +262,8 @@ mod tests {
         let _ = bucket.take(0, later + Duration::from_secs(1 << 40));
         bucket.adjust(1);
         assert_eq!(bucket.level, 2);
+        assert_eq!(bucket.take(12, later), Some(Duration::from_secs(10)));
         let _ = bucket.take(u64::MAX, later);
-        assert_eq!(bucket.level, 0);
     }
 
     #[test]

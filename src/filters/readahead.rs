@@ -9,10 +9,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use nbdcaptive_actors::device::{Call, Client, Device, Exports, Result, Segments, Support, ThreadModel};
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use super::next::ask;
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Lifetime};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -32,10 +31,6 @@ const LARGEST: u64 = 4 << 20;
 pub struct Readahead;
 
 impl Filter for Readahead {
-    fn config(&mut self, key: &str, _value: Value<'_>) -> std::result::Result<(), ConfigError> {
-        Err(ConfigError(format!("unknown parameter '{key}'")))
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
@@ -56,20 +51,19 @@ impl FilterExports for Readaheads {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = self.next.open(client)?;
-        let (next, (size, cache)) = ask(next, |next| Ok((next.size()?, next.capabilities()?.cache)))?;
+        let next = Next::open(&*self.next, client)?;
         let parallel = self.next.thread_model() == ThreadModel::Parallel;
-        if cache != Support::Native || !parallel {
+        if next.offered().cache != Support::Native || !parallel {
             client.connection.error(format_args!(
                 "readahead: warning: underlying plugin does not support NBD_CMD_CACHE or PARALLEL thread model, so the \
                  filter won't do anything{}",
                 if parallel { "; try adding --filter=cache after this filter" } else { "" }
             ));
-            return Ok(next);
+            return Ok(Box::new(next));
         }
-        let next = Arc::from(next);
+        let next = Arc::new(next);
         let window = Arc::clone(&self.window);
-        Ok(Box::new(Filtered(Reader { next, size, window, helper: Arc::default(), thread: Mutex::default() })))
+        Ok(Box::new(Filtered(Reader { next, window, helper: Arc::default(), thread: Mutex::default() })))
     }
 }
 
@@ -138,8 +132,7 @@ impl Helper {
 
 /// One client's device.
 struct Reader {
-    next: Arc<dyn Device>,
-    size: u64,
+    next: Arc<Next>,
     window: Arc<Mutex<Window>>,
     helper: Arc<Helper>,
     /// Only once there is something for it to do: many clients never read.
@@ -148,7 +141,8 @@ struct Reader {
 
 impl Reader {
     fn advance(&self, offset: u64, length: u64) {
-        let prefetch = self.window.lock().unwrap_or_else(PoisonError::into_inner).advance(offset, length, self.size);
+        let prefetch =
+            self.window.lock().unwrap_or_else(PoisonError::into_inner).advance(offset, length, self.next.bytes());
         if prefetch.is_none() {
             return;
         }

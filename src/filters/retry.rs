@@ -13,22 +13,19 @@ use nbdcaptive_actors::device::{
 };
 use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use super::kit::{optional, unknown};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
-
-const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
-    Parameter { key, value, help, required: false }
-}
 
 /// See the module.
 pub static ABOUT: About = About {
     name: "retry",
     summary: "open the plugin again when a request fails, and repeat the request",
     parameters: &[
-        parameter("retries", "<N>", "how often, 5 times unless given"),
-        parameter("retry-delay", "<TIME>", "how long to wait before the first time, 2 seconds unless given"),
-        parameter("retry-exponential", "<BOOL>", "wait twice as long each time, which is the default"),
-        parameter("retry-readonly", "<BOOL>", "open it read-only after a failure"),
+        optional("retries", "<N>", "how often, 5 times unless given"),
+        optional("retry-delay", "<TIME>", "how long to wait before the first time, 2 seconds unless given"),
+        optional("retry-exponential", "<BOOL>", "wait twice as long each time, which is the default"),
+        optional("retry-readonly", "<BOOL>", "open it read-only after a failure"),
     ],
     magic_key: None,
     thread_model: ThreadModel::SerializeRequests,
@@ -63,7 +60,7 @@ impl Filter for Retry {
             }
             "retry-exponential" => self.exponential = values::boolean(text).map_err(ConfigError)?,
             "retry-readonly" => self.read_only = values::boolean(text).map_err(ConfigError)?,
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }

@@ -10,21 +10,18 @@ use nbdcaptive_actors::device::{
 };
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use super::kit::{optional, unknown};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
-
-const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
-    Parameter { key, value, help, required: false }
-}
 
 /// See the module.
 pub static ABOUT: About = About {
     name: "retry-request",
     summary: "repeat requests that fail",
     parameters: &[
-        parameter("retry-request-retries", "<N>", "how often, twice unless given"),
-        parameter("retry-request-delay", "<TIME>", "how long to wait before each time, 2 seconds unless given"),
-        parameter("retry-request-open", "<BOOL>", "also when the plugin cannot be opened, which is the default"),
+        optional("retry-request-retries", "<N>", "how often, twice unless given"),
+        optional("retry-request-delay", "<TIME>", "how long to wait before each time, 2 seconds unless given"),
+        optional("retry-request-open", "<BOOL>", "also when the plugin cannot be opened, which is the default"),
     ],
     magic_key: None,
     thread_model: ThreadModel::Parallel,
@@ -73,7 +70,7 @@ impl Filter for RetryRequest {
                 }
             }
             "retry-request-open" => self.open = values::boolean(text).map_err(ConfigError)?,
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }

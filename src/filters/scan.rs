@@ -9,25 +9,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use nbdcaptive_actors::device::{Call, Client, Device, Exports, Result, Segments, Support, ThreadModel};
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use super::next::ask;
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use super::kit::{optional, unknown};
+use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 use crate::values;
-
-const fn parameter(key: &'static str, value: &'static str, help: &'static str) -> Parameter {
-    Parameter { key, value, help, required: false }
-}
 
 /// See the module.
 pub static ABOUT: About = About {
     name: "scan",
     summary: "prefetch the whole disk while clients are connected",
     parameters: &[
-        parameter("scan-ahead", "<BOOL>", "skip to where the client reads, if that is further, which is the default"),
-        parameter("scan-clock", "<BOOL>", "go on where the last client's scan stopped, which is the default"),
-        parameter("scan-forever", "<BOOL>", "begin again at the end"),
-        parameter("scan-size", "<SIZE>", "what is prefetched at a time, 2M unless given"),
+        optional("scan-ahead", "<BOOL>", "skip to where the client reads, if that is further, which is the default"),
+        optional("scan-clock", "<BOOL>", "go on where the last client's scan stopped, which is the default"),
+        optional("scan-forever", "<BOOL>", "begin again at the end"),
+        optional("scan-size", "<SIZE>", "what is prefetched at a time, 2M unless given"),
     ],
     magic_key: None,
     thread_model: ThreadModel::Parallel,
@@ -58,7 +54,7 @@ impl Filter for Scan {
             "scan-clock" => self.clock = boolean()?,
             "scan-forever" => self.forever = boolean()?,
             "scan-size" => self.size = values::size(text).map_err(ConfigError)?,
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }
@@ -91,13 +87,12 @@ impl FilterExports for Scans {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = self.next.open(client)?;
-        let (next, (size, cache)) = ask(next, |next| Ok((next.size()?, next.capabilities()?.cache)))?;
+        let next = Next::open(&*self.next, client)?;
         let hindrance = if !client.export_name.is_empty() {
             Some("not the default export, not scanning")
         } else if self.next.thread_model() != ThreadModel::Parallel {
             Some("underlying plugin does not support the PARALLEL thread model, not scanning")
-        } else if cache != Support::Native {
+        } else if next.offered().cache != Support::Native {
             Some(
                 "underlying plugin does not support NBD_CMD_CACHE, not scanning; try adding --filter=cache after this \
                  filter",
@@ -107,12 +102,12 @@ impl FilterExports for Scans {
         };
         if let Some(hindrance) = hindrance {
             client.connection.error(format_args!("scan: warning: {hindrance}"));
-            return Ok(next);
+            return Ok(Box::new(next));
         }
-        let next: Arc<dyn Device> = Arc::from(next);
+        let next = Arc::new(next);
         let scanner = Arc::new(Scanner {
             settings: self.settings.clone(),
-            size,
+            size: next.bytes(),
             clock: Arc::clone(&self.clock),
             read_up_to: AtomicU64::new(0),
             quit: AtomicBool::new(false),
@@ -165,7 +160,7 @@ impl Scanner {
 
 /// One client's device.
 struct Reader {
-    next: Arc<dyn Device>,
+    next: Arc<Next>,
     scanner: Arc<Scanner>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }

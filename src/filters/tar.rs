@@ -1,19 +1,19 @@
 //! `tar`: serves one file of a tar archive where it lies, to read and to write, without unpacking anything.
 //!
-//! The entry is looked for when a client comes, header by header; what lies between headers is not read. nbdkit runs tar(1)
-//! for that, which `tar=` names; here nothing is run. An entry that does not lie there as it is (a sparse file, a link, a
+//! The entry is looked for before the server starts, in another export than the default when a client comes: header by
+//! header; what lies between headers is not read. nbdkit runs tar(1) for that, which `tar=` names; here nothing is run. An entry that does not lie there as it is (a sparse file, a link, a
 //! directory) is refused, and so is a compressed archive: `--filter=gzip` or `xz` behind this one unpacks it.
 //! Source: nbdkit filters/tar/tar.c, nbdkit-tar-filter.pod; GNU tar manual, "Basic Tar Format"; POSIX pax.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nbdcaptive_actors::device::{
-    Blocks, Call, Client, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments, ThreadModel,
-};
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::device::{Call, Client, Device, Error, ErrorCode, Exports, Result, ThreadModel};
+use nbdcaptive_actors::filter::{FilterExports, Filtered, FilteredExports, Next};
 use tar::{EntryType, Header, PaxExtensions};
 
-use super::next::ask;
+use super::kit::unknown;
+use super::next::look_at_start;
+use super::offset::Window;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::values;
 
@@ -39,7 +39,7 @@ pub static ABOUT: About = About {
 /// What tar counts in, in bytes.
 const BLOCK: u64 = 512;
 /// What is read at once while looking, in bytes. No device has a larger minimum block size.
-const WINDOW: u64 = 64 * 1024;
+const VIEW: u64 = 64 * 1024;
 /// The longest name or extended header that is looked at, in bytes.
 const LONGEST: u64 = 1 << 20;
 
@@ -59,7 +59,7 @@ impl Filter for Tar {
             "tar-entry" => self.entry = Some(value.bytes().to_vec()),
             "tar-limit" => self.limit = values::size(value.text(key)?).map_err(ConfigError)?,
             "tar" => {}
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }
@@ -74,10 +74,13 @@ impl Filter for Tar {
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
-        _lifetime: &mut Lifetime,
+        lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        let entry = self.entry.unwrap_or_default();
-        Ok(Arc::new(FilteredExports(Archives { next, entry, limit: self.limit, found: Mutex::default() })))
+        let (entry, found) = (self.entry.unwrap_or_default(), Mutex::default());
+        let archives = Arc::new(FilteredExports(Archives { next: Arc::clone(&next), entry, limit: self.limit, found }));
+        let looking = Arc::clone(&archives);
+        look_at_start(&next, lifetime, move |next, client| looking.0.place(next, client).map(drop));
+        Ok(archives)
     }
 }
 
@@ -102,25 +105,9 @@ impl FilterExports for Archives {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let known = known.filter(|(export, _)| *export == client.export_name);
-        let (next, place) = ask(self.next.open(client)?, |next| {
-            let size = next.size()?;
-            let place = match known {
-                Some((_, place)) => place,
-                None => {
-                    let limit = if self.limit > 0 { size.min(self.limit) } else { size };
-                    let mut window = Window { device: next, size, start: 0, data: Vec::new() };
-                    find(&self.entry, limit, |at, length| window.read(at, length))?
-                }
-            };
-            if place.offset.checked_add(place.size).is_none_or(|end| end > size) {
-                return Err(failed(format!("{}: the archive ends inside of it", self.entry.escape_ascii())));
-            }
-            Ok(place)
-        })?;
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some((client.export_name.clone(), place));
-        Ok(Box::new(Filtered(Entry { next, place })))
+        let next = Next::open(&*self.next, client)?;
+        let (next, Place { offset: start, size: length }) = next.look(|next| self.place(next, client))?;
+        Ok(Box::new(Filtered(Window { next, start, length })))
     }
 
     fn description(&self, client: &Client) -> Option<String> {
@@ -129,26 +116,47 @@ impl FilterExports for Archives {
     }
 }
 
+impl Archives {
+    /// Where the entry is in the archive that this client has opened.
+    fn place(&self, next: &Next, client: &Client) -> Result<Place> {
+        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let size = next.bytes();
+        let place = match known.filter(|(export, _)| *export == client.export_name) {
+            Some((_, place)) => place,
+            None => {
+                let limit = if self.limit > 0 { size.min(self.limit) } else { size };
+                let mut view = View { device: next, size, start: 0, data: Vec::new() };
+                find(&self.entry, limit, |at, length| view.read(at, length))?
+            }
+        };
+        if place.offset.checked_add(place.size).is_none_or(|end| end > size) {
+            return Err(failed(format!("{}: the archive ends inside of it", self.entry.escape_ascii())));
+        }
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = Some((client.export_name.clone(), place));
+        Ok(place)
+    }
+}
+
 fn failed(why: impl std::fmt::Display) -> Error {
     Error::failed(ErrorCode::Io, format!("tar: {why}"))
 }
 
 /// The part of the archive that was read last: headers of small entries lie close together.
-struct Window<'a> {
+struct View<'a> {
     device: &'a dyn Device,
     size: u64,
     start: u64,
     data: Vec<u8>,
 }
 
-impl Window<'_> {
+impl View<'_> {
     fn read(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
         let mut all = Vec::with_capacity(length);
         while all.len() < length {
             let from = at + all.len() as u64;
             if !(self.start..self.start + self.data.len() as u64).contains(&from) {
-                self.start = from - from % WINDOW;
-                self.data.resize(self.size.saturating_sub(self.start).min(WINDOW) as usize, 0);
+                self.start = from - from % VIEW;
+                self.data.resize(self.size.saturating_sub(self.start).min(VIEW) as usize, 0);
                 if from >= self.start + self.data.len() as u64 {
                     return Err(failed("the archive ends inside a header"));
                 }
@@ -236,72 +244,6 @@ fn find(entry: &[u8], limit: u64, mut read: impl FnMut(u64, usize) -> Result<Vec
 fn checksum(block: &[u8]) -> u32 {
     let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
     sum(&block[..148]) + 8 * u32::from(b' ') + sum(&block[156..])
-}
-
-/// One client's device.
-struct Entry {
-    next: Box<dyn Device>,
-    place: Place,
-}
-
-impl filter::Filter for Entry {
-    fn next(&self) -> &dyn Device {
-        &*self.next
-    }
-
-    fn size(&self) -> Result<u64> {
-        Ok(self.place.size)
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
-        self.next.read(buffer, self.place.offset + offset, call)
-    }
-
-    fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, call: &Call) -> Result<()> {
-        self.next.read_segments(reply, length, self.place.offset + offset, call)
-    }
-
-    fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
-        self.next.write(data, self.place.offset + offset, flags, call)
-    }
-
-    fn write_blocks(&self, data: &mut Blocks, offset: u64, flags: Flags, call: &Call) -> Result<()> {
-        self.next.write_blocks(data, self.place.offset + offset, flags, call)
-    }
-
-    fn trim(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
-        self.next.trim(length, self.place.offset + offset, flags, call)
-    }
-
-    fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
-        self.next.zero(length, self.place.offset + offset, flags, call)
-    }
-
-    fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
-        self.next.cache(length, self.place.offset + offset, call)
-    }
-
-    fn extents(&self, extents: &mut Extents, call: &Call) -> Result<()> {
-        self.shifted(extents, |extents| self.next.extents(extents, call))
-    }
-
-    fn meta_context(&self, context: usize, extents: &mut Extents, call: &Call) -> Result<()> {
-        self.shifted(extents, |extents| self.next.meta_context(context, extents, call))
-    }
-}
-
-impl Entry {
-    /// Asks for the map of the range where it lies in the archive.
-    fn shifted(&self, extents: &mut Extents, ask: impl FnOnce(&mut Extents) -> Result<()>) -> Result<()> {
-        let mut there = Extents::new(self.place.offset + extents.offset(), extents.length(), extents.one());
-        ask(&mut there)?;
-        let mut at = extents.offset();
-        for extent in there.list() {
-            extents.add(at, extent.length, extent.flags);
-            at += extent.length;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -13,9 +13,10 @@ use lzma_rust2::XzReader;
 use nbdcaptive_actors::device::{
     Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Result, Segments, Support, ThreadModel,
 };
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
+use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
-use super::next::{Stream, ask};
+use super::kit::unknown;
+use super::next::{Stream, look_at_start};
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::overlay::Sink;
 use crate::values;
@@ -56,7 +57,7 @@ const INPUT: usize = 1 << 20;
 const LEAST_MEMORY: u64 = 65 << 10;
 
 /// The filter.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Xz {
     max_block: u64,
     max_depth: usize,
@@ -77,7 +78,7 @@ impl Filter for Xz {
                 0 => return Err(ConfigError("'xz-max-depth' parameter must be >= 1".to_owned())),
                 depth => self.max_depth = depth as usize,
             },
-            _ => return Err(ConfigError(format!("unknown parameter '{key}'"))),
+            _ => return Err(unknown(key)),
         }
         Ok(())
     }
@@ -85,9 +86,27 @@ impl Filter for Xz {
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
-        _lifetime: &mut Lifetime,
+        lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        Ok(Arc::new(FilteredExports(Files { next, settings: *self })))
+        let settings = *self;
+        look_at_start(&next, lifetime, move |next, _| settings.blocks(next).map(drop));
+        Ok(Arc::new(FilteredExports(Files { next, settings })))
+    }
+}
+
+impl Xz {
+    /// The blocks of a file. Errors: it is damaged, or the largest of them is larger than wanted.
+    fn blocks(&self, next: &Next) -> Result<Vec<Block>> {
+        let blocks = parse(next.bytes(), |buffer, at| next.read(buffer, at, &Call::BLOCKING))?;
+        let largest = blocks.iter().map(|block| block.length).max().unwrap_or(0);
+        let limit = self.max_block;
+        if largest > limit {
+            return Err(failed(format!(
+                "xz file largest block is bigger than xz-max-block: {largest} bytes, and xz-max-block is {limit}; \
+                 either recompress the xz file with smaller blocks or make xz-max-block bigger"
+            )));
+        }
+        Ok(blocks)
     }
 }
 
@@ -104,20 +123,9 @@ impl FilterExports for Files {
     }
 
     fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = self.next.open(&Client { read_only: true, ..client.clone() })?;
-        let (next, blocks) = ask(next, |next| {
-            let blocks = parse(next.size()?, |buffer, at| next.read(buffer, at, &Call::BLOCKING))?;
-            let largest = blocks.iter().map(|block| block.length).max().unwrap_or(0);
-            let limit = self.settings.max_block;
-            if largest > limit {
-                return Err(failed(format!(
-                    "xz file largest block is bigger than xz-max-block: {largest} bytes, and xz-max-block is {limit}; \
-                     either recompress the xz file with smaller blocks or make xz-max-block bigger"
-                )));
-            }
-            Ok(blocks)
-        })?;
-        Ok(Box::new(Filtered(File { next, blocks, settings: self.settings.clone(), unpacked: Mutex::default() })))
+        let next = Next::open(&*self.next, &Client { read_only: true, ..client.clone() })?;
+        let (next, blocks) = next.look(|next| self.settings.blocks(next))?;
+        Ok(Box::new(Filtered(File { next, blocks, settings: self.settings, unpacked: Mutex::default() })))
     }
 
     fn description(&self, client: &Client) -> Option<String> {
@@ -285,7 +293,7 @@ impl Block {
 
 /// One client's device.
 struct File {
-    next: Box<dyn Device>,
+    next: Next,
     /// In order.
     blocks: Vec<Block>,
     settings: Xz,
@@ -324,7 +332,7 @@ impl File {
             Error::failed(ErrorCode::NoMemory, why)
         })?;
         let end = padded(block.unpadded).and_then(|length| block.at.checked_add(length));
-        let mut input = Stream::new(&*self.next, block.at..end.ok_or_else(|| why(&"invalid size"))?);
+        let mut input = Stream::new(&self.next, block.at..end.ok_or_else(|| why(&"invalid size"))?);
         let memory = u32::try_from((self.settings.max_block / 1024).saturating_add(1024).max(LEAST_MEMORY));
         let mut result = {
             let packed = BufReader::with_capacity(INPUT, &mut input);
@@ -363,7 +371,7 @@ impl File {
 
 impl filter::Filter for File {
     fn next(&self) -> &dyn Device {
-        &*self.next
+        &self.next
     }
 
     fn size(&self) -> Result<u64> {
