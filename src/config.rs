@@ -136,11 +136,14 @@ impl Layers {
         if takes(self.plugin.0) || self.plugin.1.takes_other_keys() {
             return self.plugin.1.config(key, value);
         }
+        if self.plugin.0.parameters.is_empty() {
+            let name = self.plugin.0.name;
+            return Err(ConfigError(format!("{name}: this plugin does not need command line configuration")));
+        }
         let taken: Vec<_> =
             self.about().flat_map(|(_, about)| about.parameters.iter().map(|parameter| parameter.key)).collect();
         let hint = match closest(key, taken.iter().copied()) {
             Some(near) => format!(", did you mean '{near}'?"),
-            None if taken.is_empty() => ", there are none to give".to_owned(),
             None => format!(", known are: {}", taken.join(", ")),
         };
         Err(ConfigError(format!("unknown parameter '{key}'{hint}")))

@@ -2,7 +2,7 @@
 //! [`Exports`]. Each declares itself in its own file; [`crate::plugins::ALL`] and [`crate::filters::ALL`] list them.
 //! Source: nbdkit docs/nbdkit-plugin.pod "CALLBACKS" and docs/nbdkit-filter.pod.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
@@ -65,7 +65,11 @@ pub struct ConfigError(pub String);
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        // Whatever a value was made of, the line stays one line.
+        self.0.chars().try_for_each(|c| match c {
+            c if c.is_control() => write!(f, "{}", c.escape_default()),
+            c => f.write_char(c),
+        })
     }
 }
 

@@ -332,8 +332,10 @@ fn look_up(host: Option<&str>, port: &str, family: Family) -> Result<Vec<SocketA
         ..AddrInfoHints::default()
     };
     let found = getaddrinfo(host, Some(port), Some(hints)).map_err(|error| {
-        let error: io::Error = error.into();
-        format!("getaddrinfo: {}: {port}: {error}", host.unwrap_or("<any>"))
+        let error = io::Error::from(error).to_string();
+        // As gai_strerror has it: the crate puts the same words before every reason.
+        let why = error.strip_prefix("failed to lookup address information: ").unwrap_or(&error);
+        format!("getaddrinfo: {}: {port}: {why}", host.unwrap_or("<any>"))
     })?;
     Ok(found.filter_map(Result::ok).map(|info| info.sockaddr).collect())
 }

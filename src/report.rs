@@ -52,7 +52,7 @@ impl Report {
             LogTo::Null => Sink::Null,
             LogTo::File(path) => {
                 let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-                Sink::File(Arc::new(file.map_err(|error| format!("{}: {error}", path.display()))?.into()))
+                Sink::File(Arc::new(file.map_err(|error| format!("{}: fopen: {error}", path.display()))?.into()))
             }
             LogTo::Syslog => Sink::Syslog(Arc::new(Syslog::new())),
             LogTo::Default | LogTo::Stderr => Sink::Stderr,
@@ -97,6 +97,7 @@ impl Report {
 
     /// `who` and `what` are empty, or end with what sets them apart from the next.
     fn write(&self, who: &str, what: &str, line: fmt::Arguments<'_>) {
+        let line = &without_error_numbers(&line.to_string());
         let text = || format!("{}: {who}{what}{line}\n", identity::name());
         match &self.sink {
             Sink::Null => {}
@@ -160,6 +161,21 @@ impl Log for Report {
     }
 }
 
+/// A line without the number that std puts behind what the system says of an error, ` (os error 2)`: `perror` and nbdkit do not
+/// have it, and it says nothing that the sentence does not.
+fn without_error_numbers(line: &str) -> String {
+    const BEFORE: &str = " (os error ";
+    let mut parts = line.split(BEFORE);
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.trim_start_matches(|c: char| c.is_ascii_digit()).strip_prefix(')') {
+            Some(rest) if rest.len() + 1 < part.len() => kept += rest,
+            _ => kept.extend([BEFORE, part]),
+        }
+    }
+    kept
+}
+
 /// Writes to stderr what fits.
 pub fn to_stderr(text: &str) {
     write_unless_full(std::io::stderr().as_fd(), text.as_bytes());
@@ -207,4 +223,24 @@ fn write_some(fd: BorrowedFd<'_>, kind: nix::libc::mode_t, bytes: &[u8]) -> Resu
 pub fn print(text: &[u8]) {
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(text).and_then(|()| out.flush());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_error_is_a_sentence_without_a_number() {
+        let missing = std::io::Error::from_raw_os_error(nix::libc::ENOENT);
+        for (line, expected) in [
+            (format!("disk: {missing}"), "disk: No such file or directory"),
+            (format!("{missing}, and {missing}."), "No such file or directory, and No such file or directory."),
+            ("a (os error ) b".to_owned(), "a (os error ) b"),
+            ("a (os error x)".to_owned(), "a (os error x)"),
+            ("a (os error 2".to_owned(), "a (os error 2"),
+            (String::new(), ""),
+        ] {
+            assert_eq!(without_error_numbers(&line), expected);
+        }
+    }
 }

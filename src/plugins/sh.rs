@@ -75,10 +75,10 @@ impl Sh {
                 return Err(ConfigError("an inline script must be the first parameter".to_owned()));
             };
             script::write_script(&directory, "inline-script.sh", text)
+                .map_err(|error| ConfigError(format!("cannot keep the inline script: {error}")))?
         } else {
-            path.canonicalize()
+            path.canonicalize().map_err(|error| ConfigError(format!("realpath: {}: {error}", path.display())))?
         };
-        let path = path.map_err(|error| ConfigError(format!("script: {error}")))?;
         let source = Source::One(script::c_path(&path)?);
         let scripts = Arc::new(Scripts::new(source, &directory, self.server.clone()));
         self.scripts = Some(Arc::clone(&scripts));

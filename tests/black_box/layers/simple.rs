@@ -6,7 +6,7 @@ use super::*;
 fn zero_has_no_bytes() {
     let answers = same(&["zero"], &["info", "list", "flush", "read 1 0", "extents 1 0"]);
     assert!(answers.starts_with("info: 0 "), "{answers}");
-    assert_eq!(refusal(&["zero", "size=1"]), "unknown parameter 'size', there are none to give");
+    assert_eq!(refusal(&["zero", "size=1"]), "zero: this plugin does not need command line configuration");
 }
 
 /// Newer than Debian's nbdkit. "nbdkit-ones-plugin is a test plugin which serves a constant byte".
