@@ -97,7 +97,7 @@ impl Report {
 
     /// `who` and `what` are empty, or end with what sets them apart from the next.
     fn write(&self, who: &str, what: &str, line: fmt::Arguments<'_>) {
-        let line = &without_error_numbers(&line.to_string());
+        let line = &one_line(without_error_numbers(&line.to_string()));
         let text = || format!("{}: {who}{what}{line}\n", identity::name());
         match &self.sink {
             Sink::Null => {}
@@ -113,6 +113,14 @@ impl Report {
             to_stderr(&format!("{}: {who}debug: {}\n", identity::name(), Quoted(line)));
         }
     }
+}
+
+/// A line that stays one, whatever names are in it.
+fn one_line(text: String) -> String {
+    if !text.contains(char::is_control) {
+        return text;
+    }
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// Text as one line, as nbdkit's debug lines have it: backslashes and control characters as in C. What can be printed stays.
@@ -242,5 +250,15 @@ mod tests {
         ] {
             assert_eq!(without_error_numbers(&line), expected);
         }
+    }
+
+    #[test]
+    fn a_name_with_a_line_end_makes_no_further_line() {
+        assert_eq!(one_line("a\nb\u{1b}é\\".to_owned()), "a\\nb\\u{1b}é\\");
+    }
+
+    #[test]
+    fn a_debug_line_stays_one_line() {
+        assert_eq!(Quoted(format_args!("a\\{}\u{1}é\u{7f}", "\n")).to_string(), "a\\\\\\n\\x01é\\x7f");
     }
 }

@@ -51,6 +51,8 @@ mod raw_client;
 mod real_data;
 #[path = "black_box/scripts.rs"]
 mod scripts;
+#[path = "black_box/service.rs"]
+mod service;
 #[path = "black_box/soak.rs"]
 mod soak;
 #[path = "black_box/sparse_reads.rs"]

@@ -71,6 +71,7 @@ pub fn tool(name: &str) -> PathBuf {
         "qemu-img" | "qemu-io" => "qemu-utils",
         "nbdinfo" | "nbdcopy" => "libnbd-bin",
         "mke2fs" | "e2fsck" => "e2fsprogs",
+        "systemd-socket-activate" => "systemd",
         other => other,
     };
     let found = SYSTEM.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
@@ -404,6 +405,11 @@ impl Running {
 
     pub fn stdin(&mut self) -> std::process::ChildStdin {
         self.child.stdin.take().expect("stdin is a pipe")
+    }
+
+    pub fn stdout(&self) -> String {
+        let bytes = self.stdout.as_ref().map(Collected::so_far).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     pub fn stderr(&self) -> String {
