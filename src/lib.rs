@@ -23,6 +23,7 @@
 //! | `kept.rs` | processes that plugins start, kept so that none outlives the server |
 //! | `user.rs` | becoming another user and group |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
+//! | `tls.rs` | which TLS is served: finding and reading certificates and keys |
 //! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
 //! | `probe.rs` | `--probe`: what an NBD server offers |
 //! | `overlay.rs`, `block_map.rs` | where filters keep data that is not the plugin's: temporary files, and which blocks are in them |
@@ -51,6 +52,7 @@ pub mod report;
 pub mod server;
 pub mod sweeper;
 pub mod text;
+pub mod tls;
 pub mod trace;
 pub mod uri;
 pub mod user;

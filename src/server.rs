@@ -21,7 +21,7 @@ use crate::captive::command::Errand;
 use crate::captive::environment::Environment;
 use crate::captive::link::{Link, Word};
 use crate::captive::tree;
-use crate::captive::uri::{Endpoint, print_uri_text, uri};
+use crate::captive::uri::{Credentials, Endpoint, print_uri_text, uri};
 use crate::cli::{ExitWithParent, Options, Tls, Unix};
 use crate::config::{Layers, Stack};
 use crate::daemon::Launcher;
@@ -31,6 +31,7 @@ use crate::kept;
 use crate::listen::{self, Listening, PrivateDirectory};
 use crate::report::{Report, print};
 use crate::sweeper::Sweeper;
+use crate::tls;
 use crate::trace::Trace;
 use crate::user;
 
@@ -157,10 +158,8 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     };
 
     let config = |error: crate::layer::ConfigError| Failure { report: report.clone(), line: error.0, is_config: true };
-    if options.tls_given && options.tls != Tls::Off {
-        let line = "TLS cannot be enabled because this binary was compiled without TLS".to_owned();
-        return Err(Failure { report, line, is_config: true });
-    }
+    // Before anything is made, and while we may still read the keys.
+    let secure = tls::offer(options, &report).map_err(&system)?;
     let mut layers = Layers::find(options).map_err(config)?;
     let (flags, warnings) = layers.set_debug_flags(&options.debug_flags);
     warnings.iter().for_each(|warning| report.warn(warning));
@@ -215,7 +214,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             }
             None => {
                 let listening = listen::start(options, private.as_ref())?;
-                let environment = environment(options, &listening);
+                let environment = environment(options, &secure, &listening);
                 report.debug(format_args!("bound to {}", listening.place));
                 report.debug(format_args!("NBD URI: {}", String::from_utf8_lossy(&environment.uri)));
                 errand.prelude = environment.prelude();
@@ -273,6 +272,9 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             let leftovers = leftovers.clone();
             move || leftovers.sweep()
         });
+    if let Some(acceptor) = secure.acceptor {
+        server = server.tls(acceptor, secure.mode == Tls::Require);
+    }
     match source {
         Source::One(client) => server = server.serve_one(client),
         Source::Many(listening) => {
@@ -392,20 +394,21 @@ fn take_stdio() -> Result<(OwnedFd, OwnedFd), String> {
     attempt().map_err(|error| format!("expecting stdin/stdout to be opened: {error}"))
 }
 
-fn environment(options: &Options, listening: &Listening) -> Environment {
+fn environment(options: &Options, secure: &tls::Offer, listening: &Listening) -> Environment {
     let unix = listening.unix.as_ref().map(|socket| socket.path.clone());
     let endpoint = match &unix {
         Some(path) => Endpoint::Unix(path.clone()),
         None if options.vsock => Endpoint::Vsock { port: listening.port.clone() },
         None => Endpoint::Tcp { port: listening.port.clone() },
     };
-    let (certificates, psk) = (options.tls_certificates.as_deref(), options.tls_psk.as_deref());
+    let keys = options.tls_psk.as_deref().zip(secure.user.as_deref());
+    let credentials = Credentials::of(options.tls_certificates.as_deref(), keys);
     Environment {
-        uri: uri(&endpoint, &options.export_name, options.tls, certificates, psk),
+        uri: uri(&endpoint, &options.export_name, secure.mode, credentials),
         exportname: options.export_name.clone(),
         port: listening.port.clone(),
         unixsocket: unix,
-        tls: options.tls,
+        tls: secure.mode,
         tls_certificates: options.tls_certificates.clone(),
         tls_psk: options.tls_psk.clone(),
     }

@@ -308,7 +308,7 @@ mod tests {
     use std::ffi::OsStr;
 
     use super::*;
-    use crate::captive::uri::{Endpoint, uri};
+    use crate::captive::uri::{Credentials, Endpoint, uri};
     use crate::cli::Tls;
 
     fn read(text: &str) -> Uri {
@@ -406,14 +406,20 @@ mod tests {
     fn what_this_program_writes_it_reads() {
         let path = "/tmp/a socket&b%#?";
         let name = OsStr::from_bytes(b"/na\xff\xc3\xafve ?&#%");
-        let written = uri(&Endpoint::Unix(path.into()), name, Tls::Off, None, None);
+        let written = uri(&Endpoint::Unix(path.into()), name, Tls::Off, Credentials::None);
         let text = String::from_utf8(written).expect("all else is quoted");
         let read = read(&text);
         assert_eq!(read.address, Address::Unix(path.into()));
         assert_eq!(read.export_name, name.as_bytes());
         assert_eq!(read.of_export(name.as_bytes()), text);
-        let written = uri(&Endpoint::Tcp { port: Some("7".into()) }, name, Tls::Require, None, Some("/p".as_ref()));
+        let written = uri(
+            &Endpoint::Tcp { port: Some("7".into()) },
+            name,
+            Tls::Require,
+            Credentials::Keys("/p".as_ref(), b"al/\xffce"),
+        );
         let read = super::Uri::parse(&String::from_utf8(written).expect("all else is quoted")).expect("it is one");
         assert_eq!((read.tls, &read.address, &*read.export_name), (true, &tcp("localhost", 7), name.as_bytes()));
+        assert_eq!(read.user.as_deref(), Some(&b"al/\xffce"[..]));
     }
 }

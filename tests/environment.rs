@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nbdcaptive::captive::environment::Environment;
-use nbdcaptive::captive::uri::{Endpoint, print_uri_text, uri};
+use nbdcaptive::captive::uri::{Credentials, Endpoint, print_uri_text, uri};
 use nbdcaptive::cli::{self, Tls};
 use nbdcaptive::layer::{About, Parameter};
 
@@ -79,8 +79,9 @@ impl Case {
     }
 
     fn uri(&self) -> Vec<u8> {
-        let (certificates, psk) = (self.tls_certificates.as_deref(), self.tls_psk.as_deref());
-        uri(&self.endpoint, &self.export_name, self.tls, certificates, psk)
+        let keys = self.tls_psk.as_deref().map(|file| (file, &b"alice"[..]));
+        let credentials = Credentials::of(self.tls_certificates.as_deref(), keys);
+        uri(&self.endpoint, &self.export_name, self.tls, credentials)
     }
 
     fn environment(&self) -> Environment {

@@ -31,6 +31,7 @@ pub use crate::connection::Connection;
 pub use crate::extents::{Extents, HOLE, ZERO};
 pub use crate::protocol::ErrorCode;
 pub use crate::segments::{Segments, Shared};
+pub use crate::tls::Names;
 
 /// What every operation of a device returns.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -277,6 +278,8 @@ pub struct Client {
     pub read_only: bool,
     /// The connection is secured by TLS.
     pub is_tls: bool,
+    /// Who the client is by the certificate that it showed, if it did. Source: nbdkit_peer_tls_dn(3).
+    pub tls_names: Option<Names>,
     /// Who is at the other end, where that is known.
     pub peer: Option<Peer>,
     /// The connection itself: to wait in, to end, to speak of. That of a client that only looks is over before long.

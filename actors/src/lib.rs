@@ -22,6 +22,7 @@
 //! | `protocol/` | bytes to types and back, without I/O |
 //! | `client/` | the other end: a connection to an NBD server, as an actor |
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
+//! | `tls/` | streams that are secure |
 //! | `low_water.rs` | the one socket option that no library sets |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
@@ -60,6 +61,7 @@ pub mod protocol;
 pub mod segments;
 #[cfg(feature = "simulation")]
 pub mod simulation;
+pub mod tls;
 pub mod transport;
 
 mod backend;

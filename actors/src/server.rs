@@ -19,7 +19,8 @@ use crate::exit_policy::{self, Event};
 use crate::listener::{Listener, Place, Threads};
 use crate::log::{Log, Silent, Speaker};
 use crate::parent_watcher::{self, Parent};
-use crate::session::{self, Rules, SessionId, Surroundings, Visit};
+use crate::session::{self, Rules, SessionId, Surroundings, Tls, Visit};
+use crate::tls::Acceptor;
 use crate::transport::Transport;
 use crate::world::World;
 
@@ -65,6 +66,7 @@ impl Server {
                 handshake_flags: u16::MAX,
                 handshake_timeout: None,
                 threads: 16,
+                tls: None,
             },
             limits: Limits { grace: Duration::from_secs(5), drain: Duration::from_secs(30) },
             log: Arc::new(Silent),
@@ -142,6 +144,13 @@ impl Server {
     /// Offers only those of the handshake flags.
     pub fn mask_handshake(mut self, flags: u16) -> Server {
         self.rules.handshake_flags = flags;
+        self
+    }
+
+    /// Lets clients make the stream secure by `acceptor`; where it is required, they can do nothing else before. Not offered by
+    /// default, nor to clients of the oldstyle handshake, which has no way to ask for it.
+    pub fn tls(mut self, acceptor: Arc<dyn Acceptor>, is_required: bool) -> Server {
+        self.rules.tls = Some(Tls { acceptor, is_required });
         self
     }
 

@@ -21,6 +21,7 @@ use nix::sys::socket::{
 
 use crate::device::Peer;
 use crate::low_water;
+use crate::tls::Security;
 use crate::worker::Registration;
 
 /// What a Session talks to its client through.
@@ -44,7 +45,8 @@ pub trait Transport: Send {
         let _ = count;
     }
 
-    /// Sends from the front of `slices`, as much as is taken at once.
+    /// Sends from the front of `slices`, as much as is taken at once. What was offered and not taken comes first the next time:
+    /// some of it may be on its way.
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>>;
 
     /// Sends from `file` at `offset`, at most `length` bytes, as many as are taken at once. `Ok(0)` is the end of the file.
@@ -74,8 +76,21 @@ pub trait Transport: Send {
         None
     }
 
-    /// Says that nothing more will be sent, so that the client sees the end after the last reply.
+    /// How the stream is secured; `None` where it is not. The default is not.
+    fn security(&self) -> Option<&Security> {
+        None
+    }
+
+    /// Says that nothing more will be sent, so that the client sees the end after the last reply. Does not wait: what would
+    /// have to is left out.
     fn finish(&mut self);
+
+    /// As `finish`, and waits until it is said. The default has nothing to wait for.
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let _ = cx;
+        self.finish();
+        Poll::Ready(())
+    }
 }
 
 /// What is worth a send where the kernel takes in megabytes: the fewer sends, the larger the segments.

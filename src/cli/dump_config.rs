@@ -8,8 +8,8 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::TLS_BUILT_IN;
 use crate::identity::Package;
+use crate::tls::ROOT_CERTIFICATES;
 
 /// The answer to `--dump-config`, by the name of `package`. Looks up where this program is; without an answer, `binary` and the
 /// directories made from it are left out, as in nbdkit.
@@ -44,14 +44,14 @@ fn lines(package: Package, binary: Option<&Path>) -> Vec<u8> {
         line("max_api_version", in_its_name("2")),
         line("name", text(package.name)),
         line("plugindir", text(BUILT_IN)),
-        line("root_tls_certificates_dir", text("/etc/pki/nbdkit")),
+        line("root_tls_certificates_dir", text(ROOT_CERTIFICATES)),
         line("run_default_socket", text("Unix")),
         ("sbindir", path(directory)),
         line("selinux", yes(cfg!(target_os = "linux"))),
         line("soext", in_its_name("so")),
         line("sysconfdir", text("/etc")),
         line("timeout_option", yes(true)),
-        line("tls", yes(TLS_BUILT_IN)),
+        line("tls", yes(true)),
         line("version", text(package.version)),
         line("version_extra", package.extra()),
         line("version_major", text(major)),

@@ -27,9 +27,6 @@ pub mod options;
 
 use options::{Effect, OPTIONS, OptionSpec, WORDS};
 
-/// Whether TLS is part of this program. Where it is, `--tls` is on unless the command line says otherwise.
-pub const TLS_BUILT_IN: bool = false;
-
 /// What the command line asks for. In rising order of who wins where several are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Request {
@@ -266,7 +263,7 @@ impl Default for Options {
             swap: false,
             threads: None,
             timeout: None,
-            tls: if TLS_BUILT_IN { Tls::On } else { Tls::Off },
+            tls: Tls::On,
             tls_given: false,
             tls_certificates: None,
             tls_psk: None,

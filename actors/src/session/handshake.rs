@@ -3,10 +3,11 @@
 
 use std::borrow::Cow;
 use std::future::pending;
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use smol::future::or;
 use smol::lock::MutexGuardArc;
@@ -19,6 +20,7 @@ use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
 use crate::protocol::transmission::{Agreement, BASE_ALLOCATION, Contexts, Headers};
+use crate::tls::{Names, Security};
 use crate::transport::Transport;
 
 /// How many options a client may send before it chooses an export, and as many again for each export it was listed.
@@ -29,6 +31,9 @@ const INPUT: usize = 4096;
 /// The most data of an option that is read over; a client that announces more has lost its way.
 const MAX_SKIP: u32 = MAX_PAYLOAD;
 
+/// How long a TLS handshake may take, even where a client may take all the time it wants to negotiate. Source: GnuTLS
+/// `GNUTLS_DEFAULT_HANDSHAKE_TIMEOUT`, by which nbdkit ends it.
+const TLS_HANDSHAKE: Duration = Duration::from_secs(40);
 /// How much of a long answer is put together before it is sent, in bytes.
 const OUTPUT: usize = 64 * 1024;
 
@@ -43,7 +48,7 @@ pub(super) struct Agreed {
 }
 
 struct Handshake<'a> {
-    transport: &'a mut dyn Transport,
+    transport: &'a mut Box<dyn Transport>,
     surroundings: &'a Surroundings,
     connection: &'a Connection,
     speaker: &'a Speaker,
@@ -71,7 +76,7 @@ enum Next {
 /// Negotiates, until the server is told to drain or the client has taken too long. Whatever device was opened is then
 /// closed, unless it is in what is returned; dropped before, it is not. `failure` is set if that fails.
 pub(super) async fn run(
-    transport: &mut dyn Transport,
+    transport: &mut Box<dyn Transport>,
     surroundings: &Surroundings,
     connection: &Connection,
     speaker: &Speaker,
@@ -161,6 +166,14 @@ impl Handshake<'_> {
             self.refuse(option, NBD_REP_ERR_INVALID, "only NBD_OPT_EXPORT_NAME without fixed newstyle");
             return Ok(Next::Another);
         }
+        if self.needs_tls() && ![NBD_OPT_ABORT, NBD_OPT_STARTTLS].contains(&option) {
+            // There is no other reply to this one.
+            if option == NBD_OPT_EXPORT_NAME {
+                return Err(End::Broken("non-TLS client tried to connect in --tls=require mode".into()));
+            }
+            self.refuse(option, NBD_REP_ERR_TLS_REQD, "TLS must be negotiated first");
+            return Ok(Next::Another);
+        }
         let parsed = match HandshakeOption::parse(option, &data) {
             Ok(parsed) => parsed,
             Err(malformed) if option == NBD_OPT_EXPORT_NAME => return Err(End::Broken(malformed.why.into())),
@@ -184,7 +197,7 @@ impl Handshake<'_> {
                 return Err(End::Disconnected);
             }
             HandshakeOption::List => self.list().await?,
-            HandshakeOption::StartTls => self.refuse(option, NBD_REP_ERR_UNSUP, "TLS is not enabled"),
+            HandshakeOption::StartTls => self.start_tls().await?,
             HandshakeOption::StructuredReply if !self.surroundings.rules.structured_replies => {
                 self.refuse(option, NBD_REP_ERR_UNSUP, "structured replies are disabled");
             }
@@ -213,6 +226,53 @@ impl Handshake<'_> {
             HandshakeOption::Unknown => self.refuse(option, NBD_REP_ERR_UNSUP, "unknown option"),
         }
         Ok(Next::Another)
+    }
+
+    /// Whether nothing but TLS is of any use.
+    fn needs_tls(&self) -> bool {
+        self.surroundings.rules.tls.as_ref().is_some_and(|tls| tls.is_required) && !self.is_secure()
+    }
+
+    fn is_secure(&self) -> bool {
+        self.transport.security().is_some()
+    }
+
+    /// Source: NBD doc/proto.md "TLS support".
+    async fn start_tls(&mut self) -> Result<(), End> {
+        let option = NBD_OPT_STARTTLS;
+        let Some(tls) = &self.surroundings.rules.tls else {
+            self.refuse(option, NBD_REP_ERR_POLICY, "TLS is not enabled");
+            return Ok(());
+        };
+        if self.is_secure() {
+            self.refuse(option, NBD_REP_ERR_INVALID, "TLS is in use already");
+            return Ok(());
+        }
+        // Whoever sent them, it may not have been the client: they would count as if they were secure.
+        if !self.input.bytes().is_empty() {
+            return Err(End::Broken("plain bytes came behind NBD_OPT_STARTTLS, before it was answered".into()));
+        }
+        self.reply(option, NBD_REP_ACK, &[]);
+        self.flush().await?;
+        self.speaker.debug(format_args!("starting TLS handshake"));
+        let world = &self.surroundings.world;
+        let patience = world.now().checked_add(TLS_HANDSHAKE);
+        let deadline = self.deadline.into_iter().chain(patience).min();
+        let plain = std::mem::replace(self.transport, Box::new(Gone));
+        let accepting = tls.acceptor.accept(plain);
+        let accepted = in_time(self.surroundings, deadline, async { Ok(accepting.await) }).await?;
+        *self.transport = accepted.map_err(|error| End::Insecure(error.to_string()))?;
+        if let Some(Security { summary, names }) = self.transport.security() {
+            self.speaker.debug(format_args!("TLS handshake completed: {summary}"));
+            if let Some(Names { subject, issuer }) = names {
+                self.speaker.debug(format_args!("TLS client certificate: {subject}, issued by {issuer}"));
+            }
+        }
+        // What was agreed before may have been somebody else's word.
+        self.headers = Headers::Simple;
+        self.contexts = None;
+        self.input = Input::default();
+        Ok(())
     }
 
     async fn export_name(&mut self, name: Vec<u8>, no_zeroes: bool) -> Result<Next, End> {
@@ -319,7 +379,8 @@ impl Handshake<'_> {
         Client {
             export_name,
             read_only: self.surroundings.rules.read_only,
-            is_tls: false,
+            is_tls: self.is_secure(),
+            tls_names: self.transport.security().and_then(|security| security.names.clone()),
             peer: self.transport.peer(),
             connection: self.connection.clone(),
         }
@@ -470,7 +531,7 @@ impl Handshake<'_> {
     }
 
     async fn flush(&mut self) -> Result<(), End> {
-        let sending = send_all(self.transport, &self.output);
+        let sending = send_all(&mut **self.transport, &self.output);
         let sent = in_time(self.surroundings, self.deadline, sending).await;
         self.output.clear();
         sent
@@ -492,7 +553,7 @@ impl Handshake<'_> {
                 input.buffer.resize(input.end + INPUT, 0);
             }
         }
-        let receiving = receive(self.transport, &mut input.buffer[input.end..]);
+        let receiving = receive(&mut **self.transport, &mut input.buffer[input.end..]);
         match in_time(self.surroundings, self.deadline, receiving).await? {
             0 if input.start == input.end => Err(End::Disconnected),
             0 => Err(End::Lost(io::ErrorKind::UnexpectedEof.into())),
@@ -536,6 +597,21 @@ impl Handshake<'_> {
             self.more().await.map_err(inside)?;
         }
     }
+}
+
+/// What is left of a stream that TLS has taken: its end.
+struct Gone;
+
+impl Transport for Gone {
+    fn poll_receive(&mut self, _cx: &mut Context<'_>, _slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(0))
+    }
+
+    fn poll_send(&mut self, _cx: &mut Context<'_>, _slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    fn finish(&mut self) {}
 }
 
 /// Waits for the client, or for its turn, as long as there is time: a client that has not negotiated was promised nothing

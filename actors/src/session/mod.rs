@@ -27,6 +27,7 @@ use crate::connection::{Connection, Ends};
 use crate::coordinator::{self, Cause, Message, Orders};
 use crate::device::Exports;
 use crate::log::Speaker;
+use crate::tls::Acceptor;
 use crate::transport::Transport;
 use crate::world::World;
 
@@ -56,6 +57,15 @@ pub(crate) struct Rules {
     pub handshake_timeout: Option<Duration>,
     /// Requests of one client that may wait for the device at a time.
     pub threads: usize,
+    pub tls: Option<Tls>,
+}
+
+/// That clients may use TLS, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Tls {
+    pub acceptor: Arc<dyn Acceptor>,
+    /// They must, before anything else.
+    pub is_required: bool,
 }
 
 /// All that a session needs from the rest of the server.
@@ -82,6 +92,8 @@ pub(crate) enum End {
     Lost(std::io::Error),
     /// The client broke a rule after which the stream cannot be understood.
     Broken(String),
+    /// The TLS handshake failed: why.
+    Insecure(String),
     /// The server is ending.
     Drained,
     /// The client took longer to negotiate than it may.
@@ -98,6 +110,7 @@ impl fmt::Display for End {
             End::Disconnected => f.write_str("client disconnected"),
             End::Lost(error) => write!(f, "connection lost: {error}"),
             End::Broken(why) => write!(f, "connection closed: {why}"),
+            End::Insecure(why) => write!(f, "connection closed: TLS handshake: {why}"),
             End::Drained => f.write_str("connection closed: the server is ending"),
             End::TooSlow => f.write_str("connection closed: the handshake took longer than --timeout allows"),
             End::Cut => f.write_str("connection closed: the device ended it"),
@@ -160,7 +173,7 @@ pub(crate) fn run(
     async move {
         let speaker = surroundings.speaker.of(visit.id);
         speaker.debug(format_args!("accepted connection"));
-        let end = serve(&mut *transport, &surroundings, &speaker, &mut visit).await;
+        let end = serve(&mut transport, &surroundings, &speaker, &mut visit).await;
         match &end {
             // Nobody else can tell whoever started a server for one client.
             End::Lost(_) | End::Disconnected if visit.is_only && !visit.negotiated => {
@@ -168,7 +181,9 @@ pub(crate) fn run(
             }
             // A probe: somebody looked whether there is a server, and left.
             End::Lost(error) if !visit.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
-            End::Lost(_) | End::Broken(_) | End::TooSlow | End::Stalled => speaker.error(format_args!("{end}")),
+            End::Lost(_) | End::Broken(_) | End::Insecure(_) | End::TooSlow | End::Stalled => {
+                speaker.error(format_args!("{end}"))
+            }
             End::Disconnected | End::Drained | End::Cut => speaker.debug(format_args!("{end}")),
         }
         // Before the Coordinator hears of it: whoever sees the server gone sees the connection closed.
@@ -177,7 +192,7 @@ pub(crate) fn run(
             End::Disconnected | End::Drained => true,
             // A client that went, however it did, is no fault; one that is there and takes no replies is.
             End::Lost(error) => error.kind() != std::io::ErrorKind::BrokenPipe && is_departure(error),
-            End::Broken(_) | End::TooSlow | End::Stalled | End::Cut => false,
+            End::Broken(_) | End::Insecure(_) | End::TooSlow | End::Stalled | End::Cut => false,
         };
         visit.served = visit.negotiated && is_no_fault;
         drop(visit);
@@ -201,7 +216,7 @@ fn is_departure(error: &std::io::Error) -> bool {
 }
 
 async fn serve(
-    transport: &mut dyn Transport,
+    transport: &mut Box<dyn Transport>,
     surroundings: &Surroundings,
     speaker: &Speaker,
     visit: &mut Visit,
@@ -228,7 +243,8 @@ async fn serve(
         (End::Drained, Ok(()))
     };
     // Boxed, so that they are not here twice.
-    let attending = Box::pin(attend(Box::new(backend), left_over, transport, surroundings, &connection, speaker));
+    let attending =
+        Box::pin(attend(Box::new(backend), left_over, &mut **transport, surroundings, &connection, speaker));
     let (end, closed) = or(closed_at_once, attending).await;
     drop(ends);
     drop(turn);

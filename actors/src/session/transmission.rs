@@ -14,6 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
+use smol::future::or;
 use smol::stream::Stream;
 
 use super::{End, Input, Surroundings};
@@ -214,6 +215,11 @@ impl Transmission {
             return Spell::Rests;
         }
         self.connection.end();
+        if over.is_ok() {
+            // A client that takes nothing does not hear it.
+            let told = poll_fn(|cx| transport.poll_finish(cx));
+            or(told, async { self.world.after(STALL).await }).await;
+        }
         transport.finish();
         if self.draining && over.is_ok() {
             self.read_over(transport).await;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use nbdcaptive::captive::quote::{shell_quote, uri_quote};
-use nbdcaptive::captive::uri::{self as builder, Endpoint};
+use nbdcaptive::captive::uri::{self as builder, Credentials, Endpoint};
 use nbdcaptive::cli::Tls;
 use nbdcaptive::uri::{Address, Uri};
 use nbdcaptive::values;
@@ -149,7 +149,11 @@ fn build(data: &[u8]) {
     };
     let credentials = Path::new(OsStr::from_bytes(credentials));
     let (certificates, psk) = ((form & 16 != 0).then_some(credentials), (form & 32 != 0).then_some(credentials));
-    let uri = builder::uri(&endpoint, OsStr::from_bytes(name), tls, certificates, psk);
+    // A name's bytes are as good as any, if there are some.
+    let user: &[u8] = if name.is_empty() { b"alice" } else { name };
+    let keys = psk.map(|file| (file, user));
+    let given = Credentials::of(certificates, keys);
+    let uri = builder::uri(&endpoint, OsStr::from_bytes(name), tls, given);
 
     // Taken apart as RFC 3986 has it.
     let text = std::str::from_utf8(&uri).expect("all else is quoted");
@@ -159,6 +163,12 @@ fn build(data: &[u8]) {
     let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
     assert_eq!(unquote(export.as_bytes()), name);
+    let has_keys = tls == Tls::Require && psk.is_some();
+    let (found, authority) = match authority.split_once('@') {
+        Some((user, host)) => (Some(unquote(user.as_bytes())), host),
+        None => (None, authority),
+    };
+    assert_eq!(found.as_deref(), has_keys.then_some(user));
     if let Endpoint::Tcp { port } = &endpoint {
         let (host, found) = authority.split_once(':').unwrap_or((authority, ""));
         assert_eq!(host, "localhost");
@@ -173,7 +183,7 @@ fn build(data: &[u8]) {
     }
     if tls == Tls::Require && (certificates.is_some() || psk.is_some()) {
         let (key, value) = found.next().expect("the credentials");
-        assert_eq!(key, if certificates.is_some() { "tls-certificates" } else { "tls-psk-file" });
+        assert_eq!(key, if has_keys { "tls-psk-file" } else { "tls-certificates" });
         assert_eq!(unquote(value.as_bytes()), credentials.as_os_str().as_bytes());
     }
     assert_eq!(found.next(), None);

@@ -1,0 +1,62 @@
+//! Streams that are secure: TLS between the socket and the session, which does not know what kind.
+//!
+//! | file | what lives in it |
+//! |---|---|
+//! | `stream.rs` | a [`Transport`] over another, whatever seals and opens its records; the handshake |
+//! | `wire.rs` | sealed bytes on their way, in buffers that are given back at rest |
+//! | `certificates.rs` | the server with certificates: rustls |
+//! | `names.rs` | what certificates say of who has them; which of them were revoked |
+//! | `keys.rs` | files of pre-shared keys |
+//! | `psk.rs` | the server with pre-shared keys: OpenSSL (feature `psk`) |
+//!
+//! An [`Acceptor`] is all that a session sees: it takes the client's stream and gives another back. Whoever embeds the engine
+//! may bring one of their own.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+
+use crate::transport::Transport;
+
+mod certificates;
+mod keys;
+mod names;
+#[cfg(feature = "psk")]
+mod psk;
+mod stream;
+mod wire;
+
+pub use certificates::{Certificates, CertificatesError, Part, Pem};
+pub use keys::{Keys, KeysError};
+#[cfg(feature = "psk")]
+pub use psk::PreSharedKeys;
+
+/// What makes a client's stream secure: the server's end of a TLS handshake. Shared by all sessions.
+pub trait Acceptor: fmt::Debug + Send + Sync {
+    /// Does the handshake over `transport`, and gives the stream that is secure, whose [`Transport::security`] says how.
+    ///
+    /// Errors: the client is not let in, or broke the rules, or left; it has been told so, as far as that needs no waiting.
+    /// Dropped before its end, the connection closes.
+    fn accept(&self, transport: Box<dyn Transport>) -> Accepting;
+}
+
+/// A handshake under way.
+pub type Accepting = Pin<Box<dyn Future<Output = io::Result<Box<dyn Transport>>> + Send>>;
+
+/// What is known of a stream that is secure.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Security {
+    /// Version, ciphers and how the two ends know each other, for people. No secret is in it.
+    pub summary: String,
+    /// Who the other end is by its certificate; `None` where it showed none.
+    pub names: Option<Names>,
+}
+
+/// The names in a certificate, as RFC 4514 writes them: the most specific first, `CN=client,O=Example`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// Whose certificate it is.
+    pub subject: String,
+    /// Who signed it.
+    pub issuer: String,
+}

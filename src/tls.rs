@@ -1,0 +1,160 @@
+//! Which TLS is served: the files of `--tls-certificates` and `--tls-psk`, where they are looked for, and what becomes of
+//! `--tls` where there are none. Source: nbdkit server/crypto.c, docs/nbdkit-tls.pod.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nbdcaptive_actors::tls::{Acceptor, Certificates, Keys, Part, Pem};
+
+use crate::cli::{Options, Tls};
+use crate::report::Report;
+
+/// Where the certificates of a server that root starts are, unless it is said.
+pub const ROOT_CERTIFICATES: &str = "/etc/pki/nbdkit";
+/// The same for other users, below their home directory, in the order in which they are looked at.
+const HOME_CERTIFICATES: [&str; 2] = [".pki/nbdkit", ".config/pki/nbdkit"];
+/// What is read of a file at most, in bytes: a revocation list of a large authority fits.
+const MOST: u64 = 64 * 1024 * 1024;
+
+/// What clients are offered.
+#[derive(Debug)]
+pub struct Offer {
+    /// `--tls`, or off where there is nothing to serve it with.
+    pub mode: Tls,
+    /// There unless it is off.
+    pub acceptor: Option<Arc<dyn Acceptor>>,
+    /// A user of the pre-shared keys, for clients that have no name of their own: the first.
+    pub user: Option<Vec<u8>>,
+}
+
+/// Reads the files that `options` ask for. Errors: files that are there cannot be used, or TLS is required and there are none;
+/// lines for people.
+pub fn offer(options: &Options, report: &Report) -> Result<Offer, String> {
+    let off = Offer { mode: Tls::Off, acceptor: None, user: None };
+    if options.tls == Tls::Off {
+        return Ok(off);
+    }
+    // They go before certificates.
+    if let Some(file) = &options.tls_psk {
+        let (user, acceptor) = keys(file, report)?;
+        report.debug("TLS enabled using: Pre-Shared Keys (PSK)");
+        return Ok(Offer { mode: options.tls, acceptor: Some(acceptor), user: Some(user) });
+    }
+    if let Some(acceptor) = certificates(options, report)? {
+        report.debug("TLS enabled using: X.509 certificates");
+        return Ok(Offer { mode: options.tls, acceptor: Some(acceptor), user: None });
+    }
+    const ADVICE: &str =
+        "Try setting ‘--tls-certificates=/path/to/certificates’ or read\nthe \"TLS\" section in nbdkit(1).";
+    match options.tls {
+        Tls::Require => {
+            return Err(format!("--tls=require but could not load TLS certificates.\n{ADVICE}"));
+        }
+        Tls::On if options.tls_given => report.warn(format_args!(
+            "warning: --tls=on but could not load TLS certificates.\n\
+             TLS will be disabled and TLS connections will be rejected.\n{ADVICE}"
+        )),
+        Tls::On | Tls::Off => {}
+    }
+    report.debug("TLS disabled: could not load TLS certificates");
+    Ok(off)
+}
+
+/// The directories to look in.
+fn places(options: &Options) -> Vec<PathBuf> {
+    if let Some(directory) = &options.tls_certificates {
+        return vec![directory.clone()];
+    }
+    if nix::unistd::geteuid().is_root() {
+        return vec![PathBuf::from(ROOT_CERTIFICATES)];
+    }
+    let home = std::env::var_os("HOME").map(PathBuf::from);
+    home.iter().flat_map(|home| HOME_CERTIFICATES.map(|place| home.join(place))).collect()
+}
+
+/// A server with the certificates of the first directory that has what is needed.
+fn certificates(options: &Options, report: &Report) -> Result<Option<Arc<dyn Acceptor>>, String> {
+    for directory in places(options) {
+        let path = |name| directory.join(name);
+        let (authorities, certificate, key) = (path("ca-cert.pem"), path("server-cert.pem"), path("server-key.pem"));
+        let revoked = path("ca-crl.pem");
+        // A directory without one of these is no such directory.
+        let needed = [&authorities, &certificate, &key].map(|path| read_if_there(path));
+        let [Some(authorities_pem), Some(certificate_pem), Some(key_pem)] = needed else {
+            report.debug(format_args!("no TLS certificates in {}", directory.display()));
+            continue;
+        };
+        let revoked_pem = read_if_there(&revoked).transpose().map_err(|error| unreadable(&revoked, &error))?;
+        let key_pem = key_pem.map_err(|error| unreadable(&key, &error))?;
+        let pem = Pem {
+            authorities: &authorities_pem.map_err(|error| unreadable(&authorities, &error))?,
+            certificate: &certificate_pem.map_err(|error| unreadable(&certificate, &error))?,
+            key: &key_pem,
+            revoked: revoked_pem.as_deref(),
+        };
+        let made = Certificates::new(pem, options.tls_verify_peer).map_err(|error| {
+            let path = match error.part {
+                Part::Authorities => &authorities,
+                Part::Certificate => &certificate,
+                Part::Key => &key,
+                Part::Revoked => &revoked,
+            };
+            format!("TLS: loading {}: {error}", path.display())
+        })?;
+        warn_if_open(&key, report);
+        report.debug(format_args!("successfully loaded TLS certificates from {}", directory.display()));
+        return Ok(Some(Arc::new(made)));
+    }
+    Ok(None)
+}
+
+/// A server with the keys of `file`, and the first user.
+#[cfg(feature = "psk")]
+fn keys(file: &Path, report: &Report) -> Result<(Vec<u8>, Arc<dyn Acceptor>), String> {
+    let text = read(file).map_err(|error| unreadable(file, &error))?;
+    let keys = Keys::parse(&text).map_err(|error| format!("--tls-psk: {}: {error}", file.display()))?;
+    warn_if_open(file, report);
+    let user = keys.users().next().unwrap_or_default().to_vec();
+    let made = nbdcaptive_actors::tls::PreSharedKeys::new(keys).map_err(|error| format!("--tls-psk: {error}"))?;
+    Ok((user, Arc::new(made)))
+}
+
+#[cfg(not(feature = "psk"))]
+fn keys(_file: &Path, _report: &Report) -> Result<(Vec<u8>, Arc<dyn Acceptor>), String> {
+    Err("--tls-psk: this program was built without pre-shared keys (the cargo feature \"psk\")".to_owned())
+}
+
+/// A key that everybody can read is no secret. Who has put it there may have a reason.
+fn warn_if_open(path: &Path, report: &Report) {
+    const OTHERS_READ: u32 = 0o004;
+    let is_open = path.metadata().is_ok_and(|about| about.is_file() && about.permissions().mode() & OTHERS_READ != 0);
+    if is_open {
+        let path = path.display();
+        report.warn(format_args!("warning: {path}: every user of this machine can read this secret; chmod 600 it"));
+    }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> String {
+    format!("{}: {error}", path.display())
+}
+
+/// A file's content; `None` where there is no such file that we may read.
+fn read_if_there(path: &Path) -> Option<io::Result<Vec<u8>>> {
+    match read(path) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => None,
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => None,
+        result => Some(result),
+    }
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    File::open(path)?.take(MOST).read_to_end(&mut content)?;
+    if content.len() as u64 == MOST {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(content)
+}
