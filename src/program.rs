@@ -106,7 +106,9 @@ fn answer(request: Request, options: &Options) -> i32 {
                     let plugins: Vec<_> = plugins::ALL.iter().map(|entry| entry.about).collect();
                     let filters: Vec<_> = filters::ALL.iter().map(|entry| entry.about).collect();
                     print(cli::help::help(identity::name(), &plugins, &filters).as_bytes());
-                    about.iter().for_each(|(kind, about)| print(cli::help::layer_help(kind, about).as_bytes()));
+                    about.iter().for_each(|(kind, about)| {
+                        print(cli::help::layer_help(identity::name(), kind, about).as_bytes())
+                    });
                 }
                 Request::Version => {
                     print(format!("{}\n", identity::package()).as_bytes());

@@ -11,6 +11,8 @@ mod captive;
 mod cli;
 #[path = "black_box/command.rs"]
 mod command;
+#[path = "black_box/completion.rs"]
+mod completion;
 #[path = "black_box/data.rs"]
 mod data;
 #[path = "black_box/drain.rs"]
@@ -35,6 +37,8 @@ mod manual;
 mod modes;
 #[path = "black_box/oldstyle.rs"]
 mod oldstyle;
+#[path = "black_box/pages.rs"]
+mod pages;
 #[path = "black_box/peers.rs"]
 mod peers;
 #[path = "black_box/pressure.rs"]

@@ -305,7 +305,8 @@ static FILTER: About = About {
 #[test]
 fn help_reads_well() {
     snapshot("cli-help", &cli::help::help("nbdcaptive", &[&PLUGIN], &[&FILTER]));
-    let layers = cli::help::layer_help("plugin", &PLUGIN) + &cli::help::layer_help("filter", &FILTER);
+    let layers = cli::help::layer_help("nbdcaptive", "plugin", &PLUGIN)
+        + &cli::help::layer_help("nbdcaptive", "filter", &FILTER);
     snapshot("cli-help-layers", &layers);
 }
 

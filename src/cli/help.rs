@@ -2,6 +2,7 @@
 
 use super::options::{OPTIONS, OptionSpec};
 use crate::layer::About;
+use crate::text;
 
 /// What fits any terminal.
 const WIDTH: usize = 80;
@@ -50,17 +51,32 @@ Examples:
     text
 }
 
-/// What `--help` adds for one layer. `kind` is `plugin` or `filter`.
-pub fn layer_help(kind: &str, about: &About) -> String {
+/// What `--help` adds for one layer. `program` is how the program was called; `kind` is `plugin` or `filter`.
+pub fn layer_help(program: &str, kind: &str, about: &About) -> String {
     let mut text = format!("\n{kind}: {}\n", about.name);
     text += &wrapped("", 0, about.line());
     for parameter in about.parameters {
-        let magic = if about.magic_key == Some(parameter.key) { " The key may be left out." } else { "" };
+        let magic = match about.magic_key == Some(parameter.key) {
+            true if parameter.line().ends_with('.') => " The key may be left out.",
+            true => "; the key may be left out",
+            false => "",
+        };
         let required = if parameter.required { "(required) " } else { "" };
         let help = format!("{required}{}{magic}", parameter.line());
         text += &entry(&format!("  {}={}", parameter.key, parameter.value), &help);
     }
+    let examples = examples(&text::rest(about.summary));
+    if !examples.is_empty() {
+        text += &format!("Examples:\n{examples}");
+    }
+    text += &wrapped("", 0, &format!("More of it: {program} --man=nbdcaptive-{}-{kind} | man -l -", about.name));
     text
+}
+
+/// The lines of code in the Markdown of a page, from `# Examples` on.
+fn examples(page: &str) -> String {
+    let lines = page.lines().skip_while(|line| *line != "# Examples");
+    lines.filter_map(|line| line.strip_prefix("    ")).map(|line| format!("  {line}\n")).collect()
 }
 
 /// How an option is written: `  -p, --port=PORT`.
@@ -130,7 +146,7 @@ mod tests {
 
     #[test]
     fn fits_eighty_columns_and_has_no_trailing_space() {
-        let text = help("nbdcaptive", &[&ABOUT], &[&ABOUT]) + &layer_help("plugin", &ABOUT);
+        let text = help("nbdcaptive", &[&ABOUT], &[&ABOUT]) + &layer_help("nbdcaptive", "plugin", &ABOUT);
         for line in text.lines() {
             assert!(line.chars().count() <= WIDTH && line.trim_end() == line, "{line:?}");
         }
@@ -148,7 +164,7 @@ mod tests {
     #[test]
     fn a_layer_lists_its_parameters() {
         assert_eq!(
-            layer_help("filter", &ABOUT),
+            layer_help("nbdcaptive", "filter", &ABOUT),
             "
 filter: sample
 a layer that has one parameter of each kind, and a summary that is longer than
@@ -158,6 +174,7 @@ one line can hold
   a-key-that-leaves-no-room=<VALUE>
                                 What it is, at such a length that it has to go
                                 on in the line that follows.
+More of it: nbdcaptive --man=nbdcaptive-sample-filter | man -l -
 "
         );
     }

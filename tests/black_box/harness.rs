@@ -72,6 +72,8 @@ pub fn tool(name: &str) -> PathBuf {
         "nbdinfo" | "nbdcopy" => "libnbd-bin",
         "mke2fs" | "e2fsck" => "e2fsprogs",
         "systemd-socket-activate" => "systemd",
+        "man" => "man-db",
+        "groff" => "groff-base",
         other => other,
     };
     let found = SYSTEM.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists());

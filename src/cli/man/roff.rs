@@ -82,7 +82,8 @@ impl Roff {
     fn spans(&mut self, spans: &[Span]) {
         for span in spans {
             match span {
-                Span::Plain(text) => self.inline += &escape(text),
+                // A long line may go on behind a bar.
+                Span::Plain(text) => self.inline += &escape(text).replace('|', "|\\:"),
                 Span::Bold(text) => {
                     let _ = write!(self.inline, "\\fB{}\\fR", escape(text));
                 }
