@@ -34,8 +34,8 @@ pub struct Layers {
     plugin: (&'static About, Box<dyn Plugin>),
     /// The one next to the client first.
     filters: Vec<(&'static About, Box<dyn Filter>)>,
-    /// Whether each layer's calls are shown, and which.
-    trace: Option<Trace>,
+    /// What of each layer is shown.
+    trace: Trace,
 }
 
 impl Layers {
@@ -52,7 +52,7 @@ impl Layers {
                 Ok((entry.about, (entry.new)()))
             })
             .collect::<Result<_, ConfigError>>()?;
-        Ok(Layers { plugin: (entry.about, (entry.new)()), filters, trace: None })
+        Ok(Layers { plugin: (entry.about, (entry.new)()), filters, trace: Trace::default() })
     }
 
     /// Sets debug flags. Returns the server's own, and a line for each that nothing has.
@@ -62,9 +62,9 @@ impl Layers {
         debug::apply(wanted, filters.chain([plugin]).collect())
     }
 
-    /// Shows calls of each layer to who looks with `-v`.
+    /// Shows what is asked of each layer to who looks with `-v`.
     pub fn trace(&mut self, trace: Trace) {
-        self.trace = Some(trace);
+        self.trace = trace;
     }
 
     /// What the layers say of themselves, from the client inwards.
@@ -107,19 +107,21 @@ impl Layers {
         let (server, asked) = Server::new();
         self.plugin.1.meet(&server);
         self.give_all(parameters)?;
+        self.trace.configures(self.plugin.0.name, format_args!("config_complete"));
         self.plugin.1.config_complete()?;
-        for (_, filter) in self.filters.iter_mut().rev() {
+        for (about, filter) in self.filters.iter_mut().rev() {
+            self.trace.configures(about.name, format_args!("config_complete"));
             filter.config_complete()?;
         }
         let mut lifetime = Lifetime::default();
         let mut after_fork: Vec<Step> = self.plugin.1.after_fork().into_iter().collect();
-        let traced = |about: &About, exports| match self.trace {
-            Some(trace) => trace.over(about.name, exports),
-            None => exports,
-        };
-        let mut exports = traced(self.plugin.0, self.plugin.1.ready()?);
+        let trace = &self.trace;
+        let name = self.plugin.0.name;
+        trace.configures(name, format_args!("get_ready"));
+        let mut exports = trace.over(name, self.plugin.1.ready()?);
         for (about, filter) in self.filters.into_iter().rev() {
-            exports = traced(about, filter.ready(exports, &mut lifetime)?);
+            trace.configures(about.name, format_args!("get_ready"));
+            exports = trace.over(about.name, filter.ready(exports, &mut lifetime)?);
         }
         after_fork.append(&mut lifetime.after_fork);
         Ok(Stack { exports, lifetime, plugin: self.plugin.0.name, after_fork, asked })
@@ -127,13 +129,18 @@ impl Layers {
 
     fn give(&mut self, key: &str, value: &OsStr) -> Result<(), ConfigError> {
         let takes = |about: &About| about.parameters.iter().any(|parameter| parameter.key == key);
+        let step = |about: &About| {
+            self.trace.configures(about.name, format_args!("config key={key}, value={}", value.to_string_lossy()));
+        };
         let value = Value(value);
         for (about, filter) in &mut self.filters {
             if takes(about) {
+                step(about);
                 return filter.config(key, value);
             }
         }
         if takes(self.plugin.0) || self.plugin.1.takes_other_keys() {
+            step(self.plugin.0);
             return self.plugin.1.config(key, value);
         }
         if self.plugin.0.parameters.is_empty() {

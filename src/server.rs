@@ -164,7 +164,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     let (flags, warnings) = layers.set_debug_flags(&options.debug_flags);
     warnings.iter().for_each(|warning| report.warn(warning));
     if options.verbose {
-        layers.trace(Trace::new(&flags));
+        layers.trace(Trace::new(&flags, &report));
         if flags.environ != 0 {
             show_environment(&report);
         }

@@ -13,25 +13,40 @@ use nbdcaptive_actors::device::{
 use nbdcaptive_actors::filter::{Filter, FilterExports, Filtered, FilteredExports};
 
 use crate::debug::ServerFlags;
+use crate::report::Report;
+
+/// What is shown, and to whom: to nobody by default.
+#[derive(Debug, Clone, Default)]
+pub struct Trace {
+    /// For what happens before there is a client.
+    report: Option<Report>,
+    calls: Calls,
+}
 
 /// Which calls are shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trace {
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Calls {
     control: bool,
     data: bool,
 }
 
 impl Trace {
     /// What the flags leave to be shown.
-    pub fn new(flags: &ServerFlags) -> Trace {
-        Trace { control: flags.backend_controlpath != 0, data: flags.backend_datapath != 0 }
+    pub fn new(flags: &ServerFlags, report: &Report) -> Trace {
+        let calls = Calls { control: flags.backend_controlpath != 0, data: flags.backend_datapath != 0 };
+        Trace { report: Some(report.clone()), calls }
+    }
+
+    /// Shows that a layer is being configured.
+    pub fn configures(&self, layer: &str, step: fmt::Arguments<'_>) {
+        self.report.iter().for_each(|report| report.debug(format_args!("{layer}: {step}")));
     }
 
     /// Puts itself in front of the layer `name`.
-    pub fn over(self, name: &'static str, next: Arc<dyn Exports>) -> Arc<dyn Exports> {
-        match self {
-            Trace { control: false, data: false } => next,
-            _ => Arc::new(FilteredExports(TracedExports { name, next, trace: self })),
+    pub fn over(&self, name: &'static str, next: Arc<dyn Exports>) -> Arc<dyn Exports> {
+        match self.calls {
+            Calls { control: false, data: false } => next,
+            calls => Arc::new(FilteredExports(TracedExports { name, next, calls })),
         }
     }
 }
@@ -39,12 +54,12 @@ impl Trace {
 struct TracedExports {
     name: &'static str,
     next: Arc<dyn Exports>,
-    trace: Trace,
+    calls: Calls,
 }
 
 impl TracedExports {
     fn control(&self, client: &Client, line: fmt::Arguments<'_>) {
-        if self.trace.control {
+        if self.calls.control {
             client.connection.debug(format_args!("{}: {line}", self.name));
         }
     }
@@ -63,7 +78,7 @@ impl FilterExports for TracedExports {
         Ok(Box::new(Filtered(Traced {
             name: self.name,
             next,
-            trace: self.trace,
+            calls: self.calls,
             connection: client.connection.clone(),
         })))
     }
@@ -99,13 +114,13 @@ impl FilterExports for TracedExports {
 struct Traced {
     name: &'static str,
     next: Box<dyn Device>,
-    trace: Trace,
+    calls: Calls,
     connection: Connection,
 }
 
 impl Traced {
     fn control(&self, line: fmt::Arguments<'_>) {
-        if self.trace.control {
+        if self.calls.control {
             self.connection.debug(format_args!("{}: {line}", self.name));
         }
     }
@@ -122,7 +137,7 @@ impl Traced {
     }
 
     fn data(&self, call: &Call, line: fmt::Arguments<'_>) -> Result<()> {
-        self.show(self.trace.data, call, line)
+        self.show(self.calls.data, call, line)
     }
 }
 
@@ -157,7 +172,7 @@ impl Filter for Traced {
     }
 
     fn answers_at_once(&self) -> bool {
-        !self.trace.data && self.next.answers_at_once()
+        !self.calls.data && self.next.answers_at_once()
     }
 
     fn read(&self, buffer: &mut [u8], offset: u64, call: &Call) -> Result<()> {
@@ -181,7 +196,7 @@ impl Filter for Traced {
     }
 
     fn flush(&self, call: &Call) -> Result<()> {
-        self.show(self.trace.control, call, format_args!("flush"))?;
+        self.show(self.calls.control, call, format_args!("flush"))?;
         self.next.flush(call)
     }
 

@@ -5,11 +5,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use nbdcaptive_actors::connection::Connection;
 use nbdcaptive_actors::device::{self, Call, Capabilities, Client, Device, Exports, Extents, HOLE, ThreadModel, ZERO};
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports};
 
 use super::kit::unknown;
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
+use crate::layer::{About, ConfigError, Filter, Flag, Lifetime, Parameter, Value};
 use crate::values;
 
 /// See the module.
@@ -31,9 +32,15 @@ pub static ABOUT: About = About {
 #[derive(Debug, Default)]
 pub struct ExtentList {
     path: Option<PathBuf>,
+    /// `-D extentlist.lookup=1`: says what is found in the list.
+    debug_lookup: i32,
 }
 
 impl Filter for ExtentList {
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("lookup", &mut self.debug_lookup)]
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "extentlist" if self.path.is_some() => Err(ConfigError("extentlist cannot appear twice".into())),
@@ -57,11 +64,12 @@ impl Filter for ExtentList {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> Result<Arc<dyn Exports>, ConfigError> {
+        let debug = self.debug_lookup != 0;
         let path = self.path.unwrap_or_default();
         let shown = path.display();
         let text = fs::read_to_string(&path).map_err(|error| ConfigError(format!("open: {shown}: {error}")))?;
         let list = parse(&text).map_err(|why| ConfigError(format!("{shown}: {why}")))?;
-        Ok(Arc::new(FilteredExports(Listed { next, list: list.into() })))
+        Ok(Arc::new(FilteredExports(Listed { next, list: list.into(), debug })))
     }
 }
 
@@ -109,6 +117,7 @@ fn flags(word: &str) -> u64 {
 struct Listed {
     next: Arc<dyn Exports>,
     list: Arc<[Stretch]>,
+    debug: bool,
 }
 
 impl FilterExports for Listed {
@@ -117,13 +126,16 @@ impl FilterExports for Listed {
     }
     fn open(&self, client: &Client) -> device::Result<Box<dyn Device>> {
         let (next, list) = (self.next.open(client)?, Arc::clone(&self.list));
-        Ok(Box::new(Filtered(Over { next, list })))
+        let debug = self.debug.then(|| client.connection.clone());
+        Ok(Box::new(Filtered(Over { next, list, debug })))
     }
 }
 
 struct Over {
     next: Box<dyn Device>,
     list: Arc<[Stretch]>,
+    /// Where to say what is found, if that is wanted.
+    debug: Option<Connection>,
 }
 
 impl filter::Filter for Over {
@@ -138,7 +150,11 @@ impl filter::Filter for Over {
         // What is wanted is inside the disk.
         let end = at + extents.length();
         let first = self.list.partition_point(|stretch| stretch.offset + stretch.length <= at);
-        for stretch in &self.list[first..] {
+        for (number, stretch) in self.list.iter().enumerate().skip(first) {
+            if let Some(debug) = &self.debug {
+                let count = end - at;
+                debug.debug(format_args!("extentlist lookup: loop i={number} count={count} offset={at}"));
+            }
             // What the list leaves out is a hole.
             if stretch.offset > at && !extents.add(at, stretch.offset - at, HOLE | ZERO) {
                 return Ok(());
@@ -175,7 +191,7 @@ mod tests {
     fn what_the_list_leaves_out_is_a_hole() {
         let next = ready("null", &[("size", "10M".as_ref())]).expect("it is a size");
         let list = parse("1M 1M\n2M 1M\n5M 1M hole").unwrap();
-        let exports = FilteredExports(Listed { next, list: list.into() });
+        let exports = FilteredExports(Listed { next, list: list.into(), debug: false });
         let device = exports.open(&Client::default()).unwrap();
         assert!(device.capabilities().unwrap().extents);
         let map = |offset: u64, length: u64| {

@@ -11,7 +11,7 @@ use nbdcaptive_actors::device::{Client, Device, Error, ErrorCode, Export, Export
 use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
 
 use super::kit::{optional, unknown};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Flag, Lifetime, Value};
 use crate::values;
 
 /// See the module.
@@ -160,9 +160,15 @@ fn address_rule(address: IpAddr, prefix: u32) -> Rule {
 pub struct Ip {
     allow: Vec<Rule>,
     deny: Vec<Rule>,
+    /// `-D ip.rules=1`: says which rules are tried for each client.
+    debug_rules: i32,
 }
 
 impl Filter for Ip {
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("rules", &mut self.debug_rules)]
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
         let text = value.text(key)?;
         let rules = match key {
@@ -214,8 +220,20 @@ struct Guarded {
 impl Guarded {
     fn check(&self, client: &Client) -> Result<()> {
         let peer = client.peer.as_ref();
-        let matches = |rules: &[Rule]| rules.iter().any(|rule| rule.matches(peer));
-        if peer.is_some() && (matches(&self.rules.allow) || !matches(&self.rules.deny)) {
+        if self.rules.debug_rules != 0 {
+            client.connection.debug(format_args!("ip: peer: {peer:?}"));
+        }
+        let matches = |which: &str, rules: &[Rule]| {
+            rules.iter().any(|rule| {
+                let matches = rule.matches(peer);
+                if self.rules.debug_rules != 0 {
+                    let answer = if matches { "yes" } else { "no" };
+                    client.connection.debug(format_args!("ip: match client with {which}: {rule:?} => {answer}"));
+                }
+                matches
+            })
+        };
+        if peer.is_some() && (matches("allow", &self.rules.allow) || !matches("deny", &self.rules.deny)) {
             return Ok(());
         }
         let why = "client not permitted to connect because of source address restriction";

@@ -3,11 +3,12 @@
 
 use std::sync::Arc;
 
+use nbdcaptive_actors::connection::Connection;
 use nbdcaptive_actors::device::{Blocks, Call, Device, Error, ErrorCode, Exports, Flags, Result, ThreadModel};
 use nbdcaptive_actors::filter::{self, Filtered, Next};
 
 use super::kit::{each, is_zero, optional, unknown};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Flag, Lifetime, Value};
 use crate::values;
 
 /// See the module.
@@ -41,7 +42,11 @@ struct Range {
 
 /// The filter.
 #[derive(Debug, Default)]
-pub struct Protect(Vec<Range>);
+pub struct Protect {
+    ranges: Vec<Range>,
+    /// `-D protect.write=1`: says what is looked at before each change.
+    debug_write: i32,
+}
 
 impl Protect {
     fn add(&mut self, text: &str) -> std::result::Result<(), ConfigError> {
@@ -57,7 +62,7 @@ impl Protect {
         if end < start {
             return Err(ConfigError(format!("invalid range, end < start: {text}")));
         }
-        let mut add = |start, end| self.0.push(Range { start, end, text: text.to_owned() });
+        let mut add = |start, end| self.ranges.push(Range { start, end, text: text.to_owned() });
         if !others {
             add(start, end);
             return Ok(());
@@ -73,9 +78,9 @@ impl Protect {
 
     /// In order, and none touching another.
     fn joined(mut self) -> Vec<Range> {
-        self.0.sort_by_key(|range| range.start);
+        self.ranges.sort_by_key(|range| range.start);
         let mut joined: Vec<Range> = Vec::new();
-        for range in self.0 {
+        for range in self.ranges {
             match joined.last_mut() {
                 Some(last) if last.end >= range.start.saturating_sub(1) => last.end = last.end.max(range.end),
                 _ => joined.push(range),
@@ -86,6 +91,10 @@ impl Protect {
 }
 
 impl Filter for Protect {
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("write", &mut self.debug_write)]
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
         match key {
             "protect" => self.add(value.text(key)?),
@@ -98,9 +107,11 @@ impl Filter for Protect {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
+        let debug = self.debug_write != 0;
         let ranges: Arc<[Range]> = self.joined().into();
         Ok(each(next, move |next, client| {
-            Ok(Filtered(Disk { next: Next::open(next, client)?, ranges: Arc::clone(&ranges) }))
+            let debug = debug.then(|| client.connection.clone());
+            Ok(Filtered(Disk { next: Next::open(next, client)?, ranges: Arc::clone(&ranges), debug }))
         }))
     }
 }
@@ -108,6 +119,8 @@ impl Filter for Protect {
 struct Disk {
     next: Next,
     ranges: Arc<[Range]>,
+    /// Where to say what is looked at, if that is wanted.
+    debug: Option<Connection>,
 }
 
 impl Disk {
@@ -115,9 +128,16 @@ impl Disk {
     /// from `offset`, are those that are to be there.
     fn check(&self, length: u64, offset: u64, call: &Call, same: impl Fn(&[u8], u64) -> bool) -> Result<()> {
         let last = offset + (length - 1);
+        if !self.touches(length, offset) {
+            return Ok(());
+        }
         let first = self.ranges.partition_point(|range| range.end < offset);
         for range in self.ranges[first..].iter().take_while(|range| range.start <= last) {
             let (mut at, end) = (range.start.max(offset), range.end.min(last) + 1);
+            if let Some(debug) = &self.debug {
+                let length = end - at;
+                debug.debug(format_args!("protect: checking protected region offset {at} length {length}"));
+            }
             let mut there = vec![0; (end - at).min(PIECE as u64) as usize];
             while at < end {
                 let there = &mut there[..(end - at).min(PIECE as u64) as usize];
@@ -138,7 +158,11 @@ impl Disk {
 
     fn touches(&self, length: u64, offset: u64) -> bool {
         let first = self.ranges.partition_point(|range| range.end < offset);
-        self.ranges.get(first).is_some_and(|range| range.start < offset + length)
+        let touches = self.ranges.get(first).is_some_and(|range| range.start < offset + length);
+        if let (Some(debug), false) = (&self.debug, touches) {
+            debug.debug(format_args!("protect: skipping unprotected region offset {offset} length {length}"));
+        }
+        touches
     }
 }
 

@@ -13,7 +13,7 @@ use nbdcaptive_actors::device::{Call, Client, Connection, Exports, Result, Threa
 use nbdcaptive_actors::filter::{Filtered, Next};
 
 use super::kit::{Gate, Gated, Request, absolute, each, optional, unknown};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Flag, Lifetime, Value};
 use crate::values;
 
 /// See the module.
@@ -43,15 +43,21 @@ pub struct Rate {
     all_file: Option<PathBuf>,
     each_file: Option<PathBuf>,
     burst: f64,
+    /// `-D rate.bucket=1`: says what is taken from each bucket.
+    debug_bucket: i32,
 }
 
 impl Default for Rate {
     fn default() -> Rate {
-        Rate { all: 0, each: 0, all_file: None, each_file: None, burst: 2.0 }
+        Rate { all: 0, each: 0, all_file: None, each_file: None, burst: 2.0, debug_bucket: 0 }
     }
 }
 
 impl Filter for Rate {
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("bucket", &mut self.debug_bucket)]
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
         match key {
             "rate" | "connection-rate" => {
@@ -81,10 +87,11 @@ impl Filter for Rate {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        let Rate { all, each: one, all_file, each_file, burst } = *self;
-        let all = Arc::new(Limit::new(all, burst, all_file));
+        let Rate { all, each: one, all_file, each_file, burst, debug_bucket } = *self;
+        let debug = debug_bucket != 0;
+        let all = Arc::new(Limit { debug, ..Limit::new(all, burst, all_file) });
         Ok(each(next, move |next, client: &Client| {
-            let each = Limit::new(one, burst, each_file.clone());
+            let each = Limit { debug, ..Limit::new(one, burst, each_file.clone()) };
             let connection = client.connection.clone();
             Ok(Filtered(Gated(Disk { next: Next::open(next, client)?, all: Arc::clone(&all), each, connection })))
         }))
@@ -147,12 +154,14 @@ struct Limit {
     read: Mutex<Bucket>,
     write: Mutex<Bucket>,
     file: Option<PathBuf>,
+    /// Says what is taken.
+    debug: bool,
 }
 
 impl Limit {
     fn new(rate: u64, burst: f64, file: Option<PathBuf>) -> Limit {
         let bucket = || Mutex::new(Bucket::new(rate, burst));
-        Limit { read: bucket(), write: bucket(), file }
+        Limit { read: bucket(), write: bucket(), file, debug: false }
     }
 
     fn wait(&self, is_read: bool, bytes: u64, connection: &Connection, call: &Call) -> Result<()> {
@@ -169,7 +178,16 @@ impl Limit {
             }
         }
         let bits = bytes.saturating_mul(8);
-        let Some(time) = bucket().take(bits, Instant::now()) else { return Ok(()) };
+        let (time, level) = {
+            let mut bucket = bucket();
+            (bucket.take(bits, Instant::now()), bucket.level)
+        };
+        if self.debug {
+            let name = if is_read { "read" } else { "write" };
+            connection.debug(format_args!("bucket {name}: deducting {bits} tokens, new level {level}"));
+            time.iter().for_each(|time| connection.debug(format_args!("bucket {name}: sleeping for {time:.1?}")));
+        }
+        let Some(time) = time else { return Ok(()) };
         // What a client has not waited for it does not get.
         connection.sleep(call, time).inspect_err(|_| bucket().give_back(bits))
     }

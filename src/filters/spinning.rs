@@ -9,7 +9,7 @@ use nbdcaptive_actors::filter::{Filtered, Next};
 use smol::lock::Mutex;
 
 use super::kit::{Gate, Gated, Request, each, optional, unknown};
-use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::layer::{About, ConfigError, Filter, Flag, Lifetime, Value};
 use crate::values;
 
 /// See the module.
@@ -41,15 +41,21 @@ pub struct Spinning {
     separate: bool,
     /// Seconds for no way, half of it and all of it.
     times: [f64; 3],
+    /// `-D spinning.verbose=1`: says how the heads move.
+    debug_verbose: i32,
 }
 
 impl Default for Spinning {
     fn default() -> Spinning {
-        Spinning { heads: 1, separate: false, times: [0.01, 0.2, 0.5] }
+        Spinning { heads: 1, separate: false, times: [0.01, 0.2, 0.5], debug_verbose: 0 }
     }
 }
 
 impl Filter for Spinning {
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("verbose", &mut self.debug_verbose)]
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
         let text = value.text(key)?;
         let time = match key {
@@ -90,12 +96,13 @@ impl Filter for Spinning {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        let Spinning { heads, separate, times } = *self;
+        let Spinning { heads, separate, times, debug_verbose } = *self;
+        let debug = debug_verbose != 0;
         let curve = Curve::through(times);
         Ok(each(next, move |next, client: &Client| {
             let next = Next::open(next, client)?;
             let heads = Head::split(next.bytes(), heads, separate);
-            Ok(Filtered(Gated(Disk { next, heads, curve, connection: client.connection.clone() })))
+            Ok(Filtered(Gated(Disk { next, heads, curve, connection: client.connection.clone(), debug })))
         }))
     }
 }
@@ -152,6 +159,8 @@ struct Disk {
     heads: Vec<Head>,
     curve: Curve,
     connection: Connection,
+    /// Says how the heads move.
+    debug: bool,
 }
 
 impl Disk {
@@ -169,7 +178,15 @@ impl Disk {
             let mut at = head.arm.at.lock().await;
             let way = at.abs_diff(place);
             *at = place;
-            if let Some(time) = self.time(head, way) {
+            let time = self.time(head, way);
+            if self.debug {
+                let start = head.start;
+                self.connection.debug(format_args!("spinning: do_seek: head at {start}: move by {way} to {offset}"));
+                if let Some(time) = time {
+                    self.connection.debug(format_args!("spinning: do_seek: sleeping for {time:?}"));
+                }
+            }
+            if let Some(time) = time {
                 smol::Timer::after(time).await;
             }
         })
@@ -231,7 +248,7 @@ mod tests {
         let heads = Head::split(1 << 30, 2, separate);
         let next = Next::open(&*memory("1G"), &Client::default()).unwrap();
         let curve = Curve::through([0.0; 3]);
-        let disk = Disk { next, heads, curve, connection: Connection::default() };
+        let disk = Disk { next, heads, curve, connection: Connection::default(), debug: false };
         disk.seek(100, &Call::BLOCKING).unwrap();
         disk.seek((512 << 20) + 200, &Call::BLOCKING).unwrap();
         disk.heads.iter().map(|head| *head.arm.at.lock_blocking()).collect()

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nbdcaptive_actors::connection::Connection;
 use nbdcaptive_actors::device::{
     self, BlockSize, Call, Capabilities, Client, Device, Error, ErrorCode, Export, Exports, Extents, Flags, HOLE,
     Segments, Support, ThreadModel, ZERO,
@@ -29,7 +30,7 @@ use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FileType, FsWord, Mode, O
 use rustix::io::ReadWriteFlags;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
-use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
+use crate::layer::{About, ConfigError, Flag, Parameter, Plugin, Value};
 use crate::page_cache::cached_pages;
 use crate::values;
 
@@ -130,15 +131,21 @@ pub struct File {
     descriptor: Option<OwnedFd>,
     cache: bool,
     advice: Advice,
+    /// `-D file.zero=1`: says how zeroes are made.
+    debug_zero: i32,
 }
 
 impl Default for File {
     fn default() -> File {
-        File { source: Source::Nothing, descriptor: None, cache: true, advice: Advice::Normal }
+        File { source: Source::Nothing, descriptor: None, cache: true, advice: Advice::Normal, debug_zero: 0 }
     }
 }
 
 impl Plugin for File {
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("zero", &mut self.debug_zero)]
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         if matches!(key, "file" | "dir" | "directory" | "fd" | "dirfd") && !matches!(self.source, Source::Nothing) {
             return error("file|dir|fd|dirfd parameter can only appear once on the command line");
@@ -211,7 +218,13 @@ impl Plugin for File {
             (Source::DirFd(_), Some(fd)) => Place::DirFd(fd),
             _ => return error("the file plugin was not configured"),
         };
-        Ok(Arc::new(Files { place, cache: self.cache, advice: self.advice, pace: Arc::default() }))
+        Ok(Arc::new(Files {
+            place,
+            cache: self.cache,
+            advice: self.advice,
+            pace: Arc::default(),
+            debug_zero: self.debug_zero != 0,
+        }))
     }
 }
 
@@ -283,6 +296,7 @@ struct Files {
     cache: bool,
     advice: Advice,
     pace: Arc<Pace>,
+    debug_zero: bool,
 }
 
 impl Exports for Files {
@@ -311,7 +325,8 @@ impl Exports for Files {
                 (fd, writable && !client.read_only, name)
             }
         };
-        let open = OpenFile::new(fd, writable, name, self.cache, self.advice, &self.pace)?;
+        let mut open = OpenFile::new(fd, writable, name, self.cache, self.advice, &self.pace)?;
+        open.debug_zero = self.debug_zero.then(|| client.connection.clone());
         Ok(Box::new(open))
     }
 
@@ -484,6 +499,8 @@ struct OpenFile {
     /// `cache=none`.
     unsynced: Option<Mutex<Unsynced>>,
     pace: Arc<Pace>,
+    /// Where to say how zeroes were made, if that is wanted.
+    debug_zero: Option<Connection>,
     // What was found not to be supported becomes false. Relaxed: two threads may find it out, no more.
     can_read_nowait: AtomicBool,
     can_punch_hole: AtomicBool,
@@ -522,6 +539,7 @@ impl OpenFile {
             in_memory,
             unsynced: (!cache).then(Mutex::default),
             pace: Arc::clone(pace),
+            debug_zero: None,
             can_read_nowait: AtomicBool::new(true),
             can_punch_hole: AtomicBool::new(true),
             can_zero_range: AtomicBool::new(true),
@@ -816,7 +834,16 @@ impl Device for OpenFile {
             return Err(Error::WouldBlock);
         }
         self.may_have_holes.store(self.extents, Ordering::Relaxed);
-        match self.zero_somehow(flags.may_trim, offset, length) {
+        let zeroed = self.zero_somehow(flags.may_trim, offset, length);
+        if let Some(debug) = &self.debug_zero {
+            let how = match &zeroed {
+                Ok(true) => "succeeded using fallocate".to_owned(),
+                Ok(false) => "falling back to writing".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            debug.debug(format_args!("{}: zero {how}", self.name));
+        }
+        match zeroed {
             Ok(true) if flags.fua => self.sync(),
             Ok(true) => Ok(()),
             Ok(false) => Err(Error::not_supported("the file has no way to zero but to write")),
@@ -1234,7 +1261,13 @@ mod tests {
         let path = directory.file("file", 8192);
         let mut file = {
             let fd = open_at(CWD, &path, false).unwrap().0;
-            let files = Files { place: Place::File(path), cache: true, advice: Advice::Normal, pace: Arc::default() };
+            let files = Files {
+                place: Place::File(path),
+                cache: true,
+                advice: Advice::Normal,
+                pace: Arc::default(),
+                debug_zero: false,
+            };
             OpenFile::new(fd, true, "file".to_owned(), files.cache, files.advice, &files.pace).unwrap()
         };
         file.block = Some(Block { sector: 512, rotational: true, size: None });

@@ -61,6 +61,9 @@ mod systemd {
 
     #[test]
     fn several_sockets_with_names_are_served_by_one_server() {
+        if nbdkit_differs("1.32 does not name the service mode") {
+            return;
+        }
         let room = Room::new();
         let port = free_port();
         let listen = [room.path("one").display().to_string(), room.path("two").display().to_string()];
@@ -106,6 +109,9 @@ mod systemd {
     /// "Optional settings to run as non-root: User=nbd"
     #[test]
     fn a_server_may_become_another_user_at_a_socket_that_is_root_s() {
+        if nbdkit_differs("it resets a client that sends nothing and leaves") {
+            return;
+        }
         let room = Room::new();
         let socket = room.path("one").display().to_string();
         let running = activate(&room, &["-l", &socket], &["-u", "nobody", "-P", "pid", "memory", "1M"]).start();
@@ -199,6 +205,9 @@ mod unprivileged {
 
     #[test]
     fn every_service_mode_works() {
+        if nbdkit_differs("it tells of port 0") {
+            return;
+        }
         let room = Room::new();
         let command = ["memory", "1M", "--run", "id -u; nbdinfo --size \"$uri\""];
         assert_eq!(as_somebody(&room, &command).run_to(0).text(), "61235\n1048576\n");
@@ -220,6 +229,9 @@ mod unprivileged {
     /// "The server needs sufficient permissions to be able to do this."
     #[test]
     fn nobody_but_root_becomes_somebody_else_but_all_may_stay_who_they_are() {
+        if nbdkit_differs("the command runs although the server could not start") {
+            return;
+        }
         let room = Room::new();
         for (option, call) in [("-u0", "set"), ("-unobody", "set"), ("-g0", "setgroups")] {
             let mut launch = as_somebody(&room, &[option, "memory", "1M", "--run", "touch ran"]);
@@ -233,6 +245,9 @@ mod unprivileged {
 
     #[test]
     fn what_may_not_be_written_is_an_error_and_names_the_place() {
+        if nbdkit_differs("G4, E2: the launcher says 0") {
+            return;
+        }
         let room = Room::new();
         fs::create_dir(room.path("closed")).expect("a directory in the room");
         fs::set_permissions(room.path("closed"), fs::Permissions::from_mode(0o755)).expect("it is ours");
@@ -288,6 +303,9 @@ mod swap {
     /// "This may require additional permissions, such as starting the server as root or raising the RLIMIT_MEMLOCK limit"
     #[test]
     fn a_limit_that_is_too_low_is_an_error_and_no_death_in_the_midst_of_work() {
+        if nbdkit_differs("it does not say what to do") {
+            return;
+        }
         let room = Room::new();
         fs::copy(server_path(), room.path(program_name())).expect("a copy in the room");
         fs::set_permissions(room.path(""), fs::Permissions::from_mode(0o755)).expect("it is ours");
@@ -426,6 +444,9 @@ mod as_nbdkit {
 
     #[test]
     fn its_lines_begin_with_the_name_it_was_called_by() {
+        if nbdkit_differs("getopt begins its lines with the whole path") {
+            return;
+        }
         let room = Room::new();
         for name in ["nbdkit", "nbdcaptive", "my-server"] {
             let output = called(&room, name, &["-v", "file", "missing", "-U", "s", "-f"]).run_to(1);
@@ -536,6 +557,49 @@ mod debug_flags {
         assert_eq!(quiet.stderr, "");
     }
 
+    /// What each layer says of itself where it is asked to, and not otherwise.
+    #[test]
+    fn the_flags_of_layers_make_them_say_what_they_do() {
+        if nbdkit_differs("its sentences are its own") {
+            return;
+        }
+        let room = Room::new();
+        fs::write(room.path("disk"), vec![b'x'; 1 << 20]).expect("a file in the room");
+        fs::write(room.path("list"), "0 64k\n").expect("a file in the room");
+        let write = "nbdcopy disk \"$uri\"";
+        let read = "nbdcopy \"$uri\" null:";
+        let zero = "/usr/bin/python3 -c 'import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); \
+                    h.zero(65536, 0); h.shutdown()' \"$uri\"";
+        for (flag, arguments, command, says) in [
+            (
+                "ip.rules=1",
+                &["--filter=ip", "memory", "1M", "allow=anyunix", "deny=all"][..],
+                read,
+                "ip: match client with allow: ",
+            ),
+            (
+                "protect.write=1",
+                &["--filter=protect", "memory", "1M"],
+                write,
+                "protect: skipping unprotected region offset ",
+            ),
+            ("rate.bucket=1", &["--filter=rate", "pattern", "1M", "rate=1G"], read, "bucket read: deducting "),
+            ("spinning.verbose=1", &["--filter=spinning", "pattern", "64k"], read, "spinning: do_seek: "),
+            (
+                "extentlist.lookup=1",
+                &["--filter=extentlist", "pattern", "1M", "extentlist=list"],
+                read,
+                "extentlist lookup: loop i=0 ",
+            ),
+            ("file.zero=1", &["file", "disk"], zero, "/disk: zero succeeded using fallocate"),
+        ] {
+            let said = |more: &[&str]| room.captive([arguments, more].concat(), command).run_to(0).stderr;
+            assert!(said(&["-v", "-D", flag]).contains(says), "{flag}: {}", said(&["-v", "-D", flag]));
+            assert!(!said(&["-v"]).contains(says), "{flag}");
+            assert_eq!(said(&["-D", flag]), "", "{flag}");
+        }
+    }
+
     /// nbdkit tests/test-debug-flags.sh
     #[test]
     fn a_flag_that_nothing_has_is_a_warning() {
@@ -567,6 +631,9 @@ mod debug_flags {
 /// "Apply the SELinux label SOCKET-LABEL to the nbdkit listening socket."
 #[test]
 fn a_selinux_label_that_cannot_be_had_is_an_error_and_nothing_is_served() {
+    if nbdkit_differs("it does not say why") {
+        return;
+    }
     let room = Room::new();
     let has_selinux = PathBuf::from("/sys/fs/selinux/enforce").exists();
     for arguments in [&["-f", "-U", "s"][..], &["-f", "-p0"], &["--run", "touch ran"]] {
@@ -582,6 +649,9 @@ fn a_selinux_label_that_cannot_be_had_is_an_error_and_nothing_is_served() {
 /// Whatever a command line is made of, there is an answer: status 0 or 1, and for the latter a line. Never a panic.
 #[test]
 fn no_value_of_any_option_is_a_panic() {
+    if nbdkit_differs("G4: a pid file that cannot be written is not noticed") {
+        return;
+    }
     let room = Room::new();
     let options = called(&room, &program_name(), &["--long-options"]).run_to(0);
     let values =
