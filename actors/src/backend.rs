@@ -29,6 +29,7 @@ use crate::device::{
     ThreadModel,
 };
 use crate::log::Speaker;
+use crate::protocol::constants::MAX_PAYLOAD;
 use crate::protocol::replies::ReplyTo;
 use crate::protocol::transmission::{Agreement, Command, Refusal};
 use crate::session::Surroundings;
@@ -65,8 +66,11 @@ pub(crate) struct Replies {
     pub weight: usize,
 }
 
-/// How much is written at a time where zeroes are emulated, in bytes.
+/// Zeroes for small writes where zeroes are emulated.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+/// The most that is read or written at a time where an operation is emulated, in bytes: what one request may carry, so that a
+/// device for which each call is dear, a script say, is not called more often than need be. Source: nbdkit server/plugins.c.
+const MOST: u32 = MAX_PAYLOAD;
 
 /// How requests to a device are kept apart. Source: nbdkit-plugin.pod "Threads".
 #[derive(Clone)]
@@ -700,7 +704,7 @@ fn carry_out(
             flush_after = fua;
         }
         Command::Cache { offset, length } if offered.cache == Support::Native => device.cache(length, offset, call)?,
-        Command::Cache { offset, length } => read_through(device, length, offset, call)?,
+        Command::Cache { offset, length } => read_through(device, offered, length, offset, call)?,
         Command::Nothing | Command::NarrowBlockStatus { .. } => {}
     }
     if flush_after && offered.fua == Support::Emulate {
@@ -732,17 +736,34 @@ pub(crate) fn zero(
         return Err(Error::WouldBlock);
     }
     let write = Flags { fua: flags.fua, ..Flags::default() };
-    pieces(length, offset, |piece, at| device.write(&ZEROES[..piece], at, write, call))
+    let most = most(offered, length);
+    // Nobody writes to them, so they cost the memory of one page.
+    let many = if most > ZEROES.len() { vec![0; most] } else { Vec::new() };
+    let zeroes = if many.is_empty() { &ZEROES[..] } else { &many };
+    pieces(length, offset, most, |piece, at| device.write(&zeroes[..piece], at, write, call))
 }
 
 /// Brings data near by reading it.
-pub(crate) fn read_through(device: &dyn Device, length: u64, offset: u64, call: &Call) -> Result<()> {
+pub(crate) fn read_through(
+    device: &dyn Device,
+    offered: &Capabilities,
+    length: u64,
+    offset: u64,
+    call: &Call,
+) -> Result<()> {
     bounded(length)?;
     if !call.may_block() {
         return Err(Error::WouldBlock);
     }
-    let mut buffer = vec![0; ZEROES.len()];
-    pieces(length, offset, |piece, at| device.read(&mut buffer[..piece], at, call))
+    let most = most(offered, length);
+    let mut buffer = vec![0; most];
+    pieces(length, offset, most, |piece, at| device.read(&mut buffer[..piece], at, call))
+}
+
+/// How much is read or written at a time: no more than there is to do, nor than the device takes.
+fn most(offered: &Capabilities, length: u64) -> usize {
+    let taken = offered.block_size.map_or(MOST, |size| size.maximum.max(size.minimum).min(MOST));
+    length.min(u64::from(taken)) as usize
 }
 
 /// Refuses what would keep a thread busy for hours. As much as a compact request can ask for is done.
@@ -755,10 +776,10 @@ fn bounded(length: u64) -> Result<()> {
     Ok(())
 }
 
-fn pieces(length: u64, offset: u64, mut each: impl FnMut(usize, u64) -> Result<()>) -> Result<()> {
+fn pieces(length: u64, offset: u64, most: usize, mut each: impl FnMut(usize, u64) -> Result<()>) -> Result<()> {
     let mut done = 0;
     while done < length {
-        let piece = (length - done).min(ZEROES.len() as u64);
+        let piece = (length - done).min(most as u64);
         each(piece as usize, offset + done)?;
         done += piece;
     }

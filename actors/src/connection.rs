@@ -2,8 +2,8 @@
 //! line about it.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use event_listener::{Event, listener};
@@ -98,6 +98,14 @@ impl Connection {
         }
     }
 
+    /// What to know it again by. `None` for that of no client.
+    pub fn key(&self) -> Option<ConnectionKey> {
+        self.0.as_ref().map(|inner| {
+            let inner: Weak<Inner> = Arc::downgrade(inner);
+            ConnectionKey(inner)
+        })
+    }
+
     /// A line for `-v`.
     pub fn debug(&self, line: fmt::Arguments<'_>) {
         if let Some(inner) = &self.0 {
@@ -129,6 +137,22 @@ impl Connection {
         {
             inner.ended.notify(usize::MAX);
         }
+    }
+}
+
+/// Names a connection without holding on to it, for what a device keeps of one beyond its own opening.
+#[derive(Clone, Debug)]
+pub struct ConnectionKey(Weak<dyn std::any::Any + Send + Sync>);
+
+impl ConnectionKey {
+    /// Whether it is this one.
+    pub fn is(&self, connection: &Connection) -> bool {
+        connection.0.as_ref().is_some_and(|inner| std::ptr::addr_eq(self.0.as_ptr(), Arc::as_ptr(inner)))
+    }
+
+    /// Whether nobody knows the connection any more; another is never taken for it.
+    pub fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 

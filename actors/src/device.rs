@@ -27,7 +27,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 pub use crate::blocks::{BLOCK, Block, Blocks};
-pub use crate::connection::Connection;
+pub use crate::connection::{Connection, ConnectionKey};
 pub use crate::extents::{Extents, HOLE, ZERO};
 pub use crate::protocol::ErrorCode;
 pub use crate::segments::{Segments, Shared};

@@ -289,7 +289,7 @@ impl Filter for Whole {
     fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
         match self.offered.cache {
             Support::Native => self.next.cache(length, offset, call),
-            _ => backend::read_through(&*self.next, length, offset, call),
+            _ => backend::read_through(&*self.next, &self.offered, length, offset, call),
         }
     }
 }

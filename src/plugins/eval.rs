@@ -55,7 +55,7 @@ pub static ABOUT: About = About {
     ],
     magic_key: None,
     thread_model: ThreadModel::Parallel,
-    dump: &[],
+    dump: &[("has_thread_model", "1")],
 };
 
 /// What follows from a method that is there: the name of another, and the script that it then is.

@@ -331,12 +331,12 @@ impl Exports for Files {
     }
 
     fn list(&self, _client: &Client) -> device::Result<Vec<Export>> {
-        let mut names = match &self.place {
+        // In the directory's own order, as nbdkit has them.
+        let names = match &self.place {
             Place::File(_) | Place::Fd(..) => vec![Vec::new()],
             Place::Directory(path) => names_in(&open_directory(path)?)?,
             Place::DirFd(directory) => names_in(directory)?,
         };
-        names.sort_unstable();
         Ok(names.into_iter().map(|name| Export { name, description: String::new() }).collect())
     }
 }
@@ -1225,7 +1225,8 @@ mod tests {
         rustix::fs::mknodat(CWD, directory.0.join("fifo"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         for key in ["dir", "directory"] {
             let exports = ready("file", &[(key, directory.0.as_os_str())]).unwrap();
-            let names: Vec<_> = exports.list(&client("", false)).unwrap().into_iter().map(|e| e.name).collect();
+            let mut names: Vec<_> = exports.list(&client("", false)).unwrap().into_iter().map(|e| e.name).collect();
+            names.sort_unstable();
             assert_eq!(names, [&b"a"[..], b"b", b"link"]);
             for read_only in [false, true] {
                 let open = |name| exports.open(&client(name, read_only));

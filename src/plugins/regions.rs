@@ -163,7 +163,8 @@ impl Regions {
                 }
                 Content::Device(_) => add(length, 0),
             };
-            if !more {
+            // nbdkit ends it where the part does, although more of the same may follow.
+            if !more || one {
                 break;
             }
         }

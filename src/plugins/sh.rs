@@ -31,7 +31,7 @@ pub static ABOUT: About = About {
     }],
     magic_key: Some("script"),
     thread_model: ThreadModel::Parallel,
-    dump: &[],
+    dump: &[("has_thread_model", "1")],
 };
 
 /// The longest script that is read from stdin, in bytes.

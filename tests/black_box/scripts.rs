@@ -412,6 +412,34 @@ fn a_client_in_the_handshake_is_gone_before_its_script_is() {
     }
 }
 
+/// As few calls as may be, and each once: nbdkit's tests/test-eflags.sh and test-eval-cache.sh.
+#[test]
+fn a_script_is_called_no_more_often_than_need_be() {
+    let log = |room: &Room| fs::read_to_string(room.path("log")).unwrap_or_default();
+    let room = Room::new();
+    let arguments = ["eval", "get_size=echo 1M", "default_export=echo default_export >> log; echo name"];
+    // It asks for a list, and then for facts about the one that is there.
+    room.captive(arguments, "qemu-nbd --list -k \"$unixsocket\"").run_to(0);
+    assert_eq!(log(&room), "default_export\n");
+    let room = Room::new();
+    let arguments = [
+        "eval",
+        "get_size=echo 200M",
+        "can_cache=echo emulate",
+        "can_write=exit 0",
+        "pread=echo \"$1 $3 $4\" >> log; head -c $3 /dev/zero",
+        "pwrite=cat > /dev/null; echo \"$1 $3 $4\" >> log",
+    ];
+    let operations = ["cache 0 134217728", "zero 1 134217728", "cache 512 1000", "zero 0 65536"];
+    ours(&room, &arguments, &operations);
+    let most = 64 << 20;
+    let whole = |name: &str, start: u64| format!("{name} {most} {start}\n{name} {most} {}\n", start + most);
+    assert_eq!(
+        log(&room),
+        [&*whole("pread", 0), &*whole("pwrite", 1), "pread 1000 512\n", "pwrite 65536 0\n"].concat()
+    );
+}
+
 /// What hangs, where `$tmpdir/hang` says so.
 const HANGING: [&str; 4] = [
     "eval",

@@ -23,6 +23,7 @@ use crate::blocks::{BLOCK, Blocks};
 use crate::buffers::{Buffers, RECEIVE};
 use crate::connection::Connection;
 use crate::coordinator::{Orders, Watch};
+use crate::device::Support;
 use crate::extents::MAX_EXTENTS;
 use crate::log::Speaker;
 use crate::protocol::constants::*;
@@ -702,6 +703,10 @@ impl Transmission {
     fn push_without_payload(&mut self, to: ReplyTo, command: Result<Command, Refusal>) {
         let weight = match command {
             Ok(Command::Read { length, .. }) => length as usize,
+            // Read, if only to be forgotten.
+            Ok(Command::Cache { length, .. }) if self.agreement.offered.cache == Support::Emulate => {
+                length.min(u64::from(MAX_PAYLOAD)) as usize
+            }
             // The longest answer; how long it will be is not known yet.
             Ok(Command::BlockStatus { one: false, length, contexts, .. }) => {
                 usize::try_from(length).unwrap_or(MAX_EXTENTS).min(MAX_EXTENTS) * EXTENT * contexts.count()

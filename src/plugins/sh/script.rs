@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nbdcaptive_actors::device::{
-    self, BlockSize, Call, Capabilities, Client, Connection, Device, Error, ErrorCode, Export, Exports, Extents, Flags,
-    Segments, Support, ThreadModel,
+    self, BlockSize, Call, Capabilities, Client, Connection, ConnectionKey, Device, Error, ErrorCode, Export, Exports,
+    Extents, Flags, Segments, Support, ThreadModel,
 };
 use nbdcaptive_actors::protocol::constants::NBD_MAX_STRING;
 use nix::sys::wait::WaitStatus;
@@ -215,7 +215,7 @@ impl Scripts {
     pub fn exports(self: Arc<Scripts>) -> Result<Arc<dyn Exports>, ConfigError> {
         let model = self.thread_model()?;
         self.starting("get_ready", &[])?;
-        Ok(Arc::new(ScriptExports { scripts: self, model, open: Mutex::default() }))
+        Ok(Arc::new(ScriptExports { scripts: self, model, open: Mutex::default(), defaults: Mutex::default() }))
     }
 }
 
@@ -268,6 +268,16 @@ struct ScriptExports {
     model: ThreadModel,
     /// For descriptions, which are asked for by client: what is open for whom, the newest last.
     open: Mutex<Vec<(Client, Weak<State>)>>,
+    /// A script is asked once for each connection, and again if TLS was begun since.
+    defaults: Mutex<Vec<DefaultName>>,
+}
+
+/// What the empty name stands for, on a connection.
+struct DefaultName {
+    connection: ConnectionKey,
+    is_tls: bool,
+    /// `None`: there is none.
+    name: Option<Vec<u8>>,
 }
 
 fn boolean(yes: bool) -> &'static [u8] {
@@ -277,6 +287,21 @@ fn boolean(yes: bool) -> &'static [u8] {
 impl ScriptExports {
     /// The name for the empty name. Nothing: there is none.
     fn resolve_default(&self, client: &Client) -> device::Result<Option<Vec<u8>>> {
+        let lock = || self.defaults.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |known: &&DefaultName| known.connection.is(&client.connection) && known.is_tls == client.is_tls;
+        if let Some(known) = lock().iter().find(same) {
+            return Ok(known.name.clone());
+        }
+        let name = self.ask_default(client)?;
+        if let Some(connection) = client.connection.key() {
+            let mut defaults = lock();
+            defaults.retain(|known| !known.connection.is_gone());
+            defaults.push(DefaultName { connection, is_tls: client.is_tls, name: name.clone() });
+        }
+        Ok(name)
+    }
+
+    fn ask_default(&self, client: &Client) -> device::Result<Option<Vec<u8>>> {
         let words = [boolean(client.read_only), boolean(client.is_tls)];
         let asked = Asked::by(&client.connection, &words);
         let Some(text) = self.scripts.text("default_export", asked)? else { return Ok(Some(Vec::new())) };

@@ -55,6 +55,18 @@ fn split_is_its_files_one_behind_the_other() {
 }
 
 /// nbdkit writes to the first file's offset in each.
+/// "With req one, extents stop at file boundaries" (nbdkit's tests/test-split-extents.sh)
+#[test]
+fn one_extent_of_split_ends_with_its_file() {
+    let prepare = |room: &Room| {
+        room.write("one", vec![1; 1 << 20]);
+        room.write("two", vec![1; 1 << 20]);
+    };
+    let operations = ["map 786432 1048576 one", "map 0 2097152 one", "map 1048576 512 one"];
+    let text = crate::both::both(&["split", "one", "two"], &operations, prepare);
+    assert!(text.starts_with("map 786432 1048576 one: [(262144, 0)]\n"), "{text}");
+}
+
 #[test]
 fn a_write_to_split_goes_where_a_read_looks() {
     let room = Room::new();
