@@ -1,5 +1,6 @@
 //! The shell variables that the command of `--run` sees. They are set in front of the command, in the same shell, and
-//! not exported: what the command starts does not inherit them. Source: nbdkit server/captive.c.
+//! not exported: what the command starts does not inherit them, unless the caller has exported variables of these names.
+//! Source: nbdkit server/captive.c.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -31,8 +32,8 @@ impl Environment {
     /// The text to put before the command: assignments, each on a line of its own.
     pub fn prelude(&self) -> Vec<u8> {
         let path = |path: &'_ Option<PathBuf>| path.clone().map(|path| path.into_os_string().into_vec());
-        // The caller's environment may have variables of these names, which would stay exported.
-        let mut text = b"unset uri nbd exportname port unixsocket tls tls_certificates tls_psk\n".to_vec();
+        // The others are set in any case; those that the caller has exported stay so, which scripts rely on.
+        let mut text = b"unset tls\n".to_vec();
         assign(&mut text, "uri", Some(&self.uri));
         assign(&mut text, "nbd", Some(&self.uri));
         assign(&mut text, "exportname", Some(self.exportname.as_bytes()));

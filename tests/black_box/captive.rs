@@ -543,6 +543,10 @@ mod what_the_command_gets {
         let command = "env | grep -E '^(uri|nbd|port|unixsocket|exportname|tls)' ; export uri; env | grep -c ^uri=";
         let output = room.captive(["memory", "1M"], command).run_to(0);
         assert_eq!(output.text(), "1\n");
+        // But those that the caller has exported stay so, as assignments of the shell have it.
+        let mut launch = room.captive(["memory", "1M"], "test \"$(printenv uri)\" = \"$uri\" && printenv nbd");
+        launch.env("uri", "");
+        launch.run_to(1);
     }
 
     #[test]
