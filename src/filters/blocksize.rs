@@ -20,7 +20,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "blocksize",
-    summary: "let requests be of any size",
+    summary: "let requests be of any size
+
+        For plugins that take only requests of a certain alignment, or only small ones. A request that is too long
+        is divided; of one that begins or ends within a block the rest is read and written along with it. Clients
+        are told of no limits any more.
+
+        # Examples
+
+            nbdcaptive --filter=blocksize file disk.img minblock=4k maxdata=64k \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("minblock", "<SIZE>", "what the next layer's requests are multiples of, a power of 2 up to 64k"),
         optional("maxdata", "<SIZE>", "the most that it reads or writes at a time, 64M unless given"),

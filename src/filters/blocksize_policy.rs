@@ -15,7 +15,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "blocksize-policy",
-    summary: "tell clients block sizes, and refuse requests that break them",
+    summary: "tell clients block sizes, and refuse requests that break them
+
+        Clients are told these sizes instead of the plugin's. Most clients keep to them; with
+        `blocksize-error-policy=error` requests of those that do not get EINVAL.
+
+        # Examples
+
+            nbdcaptive --filter=blocksize-policy memory 1M \\
+                blocksize-minimum=4k blocksize-preferred=64k \\
+                blocksize-error-policy=error --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("blocksize-error-policy", "allow|error|strict", "what becomes of requests that break them; allow"),
         optional("blocksize-minimum", "<SIZE>", "what requests are to be multiples of, a power of 2 up to 64k"),

@@ -31,7 +31,18 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "cache",
-    summary: "keep data in a temporary file, so that the plugin is asked less",
+    summary: "keep data in a temporary file, so that the plugin is asked less
+
+        For plugins that are slow. What clients write is kept, and goes to the plugin at a flush; with
+        `cache-on-read` what they read is kept as well. The file is in `$TMPDIR`, or `/var/tmp`, has no name, and is
+        gone at the end. With `cache=unsafe` what was written is lost if it has not been written back by something
+        else.
+
+        # Examples
+
+            nbdcaptive --filter=cache --filter=delay file disk.img rdelay=10ms \\
+                cache-on-read=true --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional("cache", "writeback|writethrough|unsafe", "when writes go to the plugin, at a flush unless given"),
         optional("cache-min-block-size", "<SIZE>", "what is cached at a time, at least, 64K"),

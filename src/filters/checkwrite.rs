@@ -13,7 +13,17 @@ use crate::layer::{About, ConfigError, Filter, Lifetime};
 /// See the module.
 pub static ABOUT: About = About {
     name: "checkwrite",
-    summary: "check that what is written is what is there already",
+    summary: "check that what is written is what is there already
+
+        A write that would change something fails with EIO; one that writes what is there already succeeds. So a
+        program that copies is tested by letting it copy a disk onto itself, or onto one that is the same. The
+        plugin need not be writable.
+
+        # Examples
+
+            nbdcaptive --filter=checkwrite file disk.img \\
+                --run 'nbdcopy disk.img \"$uri\"'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

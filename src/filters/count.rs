@@ -12,7 +12,14 @@ use crate::layer::{About, ConfigError, Filter, Lifetime};
 /// See the module.
 pub static ABOUT: About = About {
     name: "count",
-    summary: "count the bytes that are read, written, zeroed and trimmed",
+    summary: "count the bytes that are read, written, zeroed and trimmed
+
+        The numbers are said at the end, with `-v`.
+
+        # Examples
+
+            nbdcaptive -v --filter=count memory 1M --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -25,7 +25,18 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "cow",
-    summary: "keep writes in a temporary file, and leave the plugin as it is",
+    summary: "keep writes in a temporary file, and leave the plugin as it is
+
+        Clients may write although the plugin may not be written, or is not to be. What they write is kept in a file
+        in `$TMPDIR`, or `/var/tmp`, which has no name and is gone at the end. All clients see the same. The plugin
+        must not change meanwhile.
+
+        Where clients ask for the context `qemu:allocation-depth` they are told which blocks have been written.
+
+        # Examples
+
+            nbdcaptive --filter=cow file disk.img --run 'nbdcopy new.img \"$uri\"'
+        ",
     parameters: &[
         Parameter { key: "cow-block-size", value: "<SIZE>", help: "what is copied at a time, 64K", required: false },
         Parameter {

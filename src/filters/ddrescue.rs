@@ -19,7 +19,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "ddrescue",
-    summary: "let reads fail that are not in a map of ddrescue",
+    summary: "let reads fail that are not in a map of ddrescue
+
+        For an image that GNU ddrescue has made of a broken disk: what could not be rescued cannot be read here
+        either, instead of reading as zeroes. It is served read-only.
+
+        # Examples
+
+            nbdcaptive --filter=ddrescue file disk.img \\
+                ddrescue-mapfile=disk.map \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[Parameter {
         key: "ddrescue-mapfile",
         value: "<FILENAME>",

@@ -16,7 +16,16 @@ const TIME: &str = "<NN>[ms|us|ns]";
 /// See the module.
 pub static ABOUT: About = About {
     name: "delay",
-    summary: "let requests take longer",
+    summary: "let requests take longer
+
+        For seeing how a client does with a slow disk. Requests of a client that come at the same time are delayed
+        at the same time, up to `--threads`. A delay ends when the client leaves or the server ends.
+
+        # Examples
+
+            nbdcaptive --filter=delay memory 1M rdelay=100ms wdelay=200ms \\
+                --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: &[
         optional("rdelay", TIME, "how long a read is delayed, in seconds unless it says otherwise"),
         optional("delay-read", TIME, "another name for rdelay"),

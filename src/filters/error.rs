@@ -40,7 +40,18 @@ const PARAMETERS: &[Parameter] = &[
 /// See the module.
 pub static ABOUT: About = About {
     name: "error",
-    summary: "let requests fail",
+    summary: "let requests fail
+
+        For seeing how a client does with a disk that fails. Without a rate nothing fails; a rate of 1 or 100% is
+        always. With a file nothing fails until it appears. The parameters without a kind of request in their name
+        are for all kinds; those that stand further behind on the command line count.
+
+        # Examples
+
+            nbdcaptive --filter=error memory 1M error-pread=EIO \\
+                error-pread-rate=50% error-pread-file=/tmp/fail \\
+                --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: PARAMETERS,
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -19,7 +19,18 @@ const MODES: &str = "cosmic-rays|stuck-bits|stuck-wires";
 /// See the module.
 pub static ABOUT: About = About {
     name: "evil",
-    summary: "corrupt what is read",
+    summary: "corrupt what is read
+
+        For seeing whether a client notices. Bits are flipped at random (`cosmic-rays`), always read as the same at
+        certain places of the disk (`stuck-bits`), or at certain places of each request (`stuck-wires`). The disk
+        itself stays as it is, unless the client writes back what it has read.
+
+        # Examples
+
+            nbdcaptive --filter=evil pattern 1M evil-probability=1e-5 \\
+                evil-seed=1 \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional("evil", MODES, "flipped at random, stuck on the disk, stuck on the way; stuck-bits"),
         optional("evil-mode", MODES, "another name for evil"),

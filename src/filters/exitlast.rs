@@ -10,7 +10,19 @@ use crate::layer::{About, ConfigError, Filter, Lifetime};
 /// See the module.
 pub static ABOUT: About = About {
     name: "exitlast",
-    summary: "end when the last client has left",
+    summary: "end when the last client has left
+
+        The server ends, with status 0, when nobody is connected any more who has got as far as an export. Clients
+        that only look around, list exports say, do not count: neither as the first nor as the last. If a client is
+        in the midst of its handshake when the last other one leaves, it decides.
+
+        With `--run` the command goes on, and its exit status counts. Another `--filter=exitwhen` may be given as
+        well.
+
+        # Examples
+
+            nbdcaptive -f -U /tmp/disk.sock --filter=exitlast file disk.img
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -43,7 +43,23 @@ const FIRST_RUN: Duration = Duration::from_millis(500);
 /// See the module.
 pub static ABOUT: About = About {
     name: "exitwhen",
-    summary: "take no more clients after an event, and end when the last has left",
+    summary: "take no more clients after an event, and end when the last has left
+
+        After the first of the events that are given no new clients are taken, and a socket of `-U` is removed.
+        Those that are connected are served until they leave; then the server ends, with status 0. With `--run` the
+        command goes on, and its exit status counts. If an event has happened before the start, nothing is served
+        and the command is never started.
+
+        Files, processes and pipes are noticed when it happens; scripts are run every `exit-when-poll` seconds, and
+        one that takes long delays nobody. All parameters but `exit-when-poll` may be given again.
+
+        # Examples
+
+            nbdcaptive -f -U /tmp/disk.sock --filter=exitwhen file disk.img \\
+                exit-when-file-created=/tmp/stop
+            nbdcaptive -f -U /tmp/disk.sock --filter=exitwhen file disk.img \\
+                exit-when-process-exits=$PPID
+        ",
     parameters: &[
         optional("exit-when-file-created", "<FILENAME>", "when this file is there and can be read"),
         optional("exit-when-file-deleted", "<FILENAME>", "when this file is no longer there"),

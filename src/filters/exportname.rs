@@ -20,7 +20,19 @@ const LIST: &str = "keep|error|empty|default-only|explicit";
 /// See the module.
 pub static ABOUT: About = About {
     name: "exportname",
-    summary: "change the names of exports and what is said of them",
+    summary: "change the names of exports and what is said of them
+
+        For plugins that do not look at export names, and for changing what those that do tell of them: which are
+        listed, which one is served to a client that asks for none, and the sentence that is said of each. With
+        `exportname-strict` other names than those of `exportname=` are refused.
+
+        # Examples
+
+            nbdcaptive --filter=exportname memory 1M exportname=scratch \\
+                exportname-strict=true exportname-list=explicit \\
+                exportdesc='fixed:lost at the end' -e scratch \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("default-export", "<NAME>", "what a client gets who asks for no name"),
         optional("default_export", "<NAME>", "another name for default-export"),

@@ -16,7 +16,18 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "extentlist",
-    summary: "place a list of extents over a plugin",
+    summary: "place a list of extents over a plugin
+
+        Clients are told of the holes that the list says, and of no others. What is in none of its lines is a hole
+        that reads as zeroes. The lines need not be in order; lengths and offsets are sizes, and what an extent is
+        like is `hole`, `zero`, both, or nothing for data.
+
+        # Examples
+
+            printf '0 64k\\n1M 64k hole,zero\\n' > list
+            nbdcaptive --filter=extentlist memory 2M extentlist=list \\
+                --run 'nbdinfo --map \"$uri\"'
+        ",
     parameters: &[Parameter {
         key: "extentlist",
         value: "<FILENAME>",

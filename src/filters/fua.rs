@@ -14,7 +14,18 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "fua",
-    summary: "change how forced unit access is done",
+    summary: "change how forced unit access is done
+
+        A write with forced unit access (FUA) is to be on stable storage when it is answered. `none` offers that no
+        more; `emulate` lets a flush follow such a write; `native` has the plugin do it, which has to be able to;
+        `force` makes it of every write, so that a flush has nothing to do; `pass` changes nothing; `discard` offers
+        it, and forgets about it and about flushes.
+
+        # Examples
+
+            nbdcaptive --filter=fua file disk.img fuamode=force \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("fuamode", "none|emulate|native|force|pass|discard", "not, by flushes, as it is, always, ...; none"),
         optional("flush-on-close", "<BOOL>", "flush when a client leaves"),

@@ -22,7 +22,17 @@ use crate::overlay::{self, Temporary};
 /// See the module.
 pub static ABOUT: About = About {
     name: "gzip",
-    summary: "unpack a gzip file, read-only",
+    summary: "unpack a gzip file, read-only
+
+        All of it is unpacked into a temporary file when the first client comes, because the size cannot be known
+        before. The file is in `$TMPDIR`, or `/var/tmp`, has no name, and is gone at the end.
+        nbdcaptive-xz-filter(1) needs no such file.
+
+        # Examples
+
+            nbdcaptive --filter=gzip file disk.img.gz \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -17,7 +17,21 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "ip",
-    summary: "let in or refuse clients by their address",
+    summary: "let in or refuse clients by their address
+
+        A client for which one of the rules of `allow` holds is let in. Of the others, those for which one of the
+        rules of `deny` holds are refused. The rest is let in. So `deny=all` with some `allow` makes a list of those
+        who may.
+
+        Rules are `127.0.0.1`, `192.168.0.0/16`, `::1` and the like, `any` (or `all`), `anyipv4`, `anyipv6`,
+        `anyunix`, and for clients at a Unix socket `pid:`*N*, `uid:`*N* and `gid:`*N*.
+
+        # Examples
+
+            nbdcaptive --filter=ip memory 1M allow=anyunix deny=all \\
+                --run 'nbdinfo \"$uri\"'
+            nbdcaptive -f --filter=ip file disk.img allow=127.0.0.1,::1 deny=all
+        ",
     parameters: &[
         optional(
             "allow",

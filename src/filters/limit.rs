@@ -13,7 +13,14 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "limit",
-    summary: "limit the number of clients",
+    summary: "limit the number of clients
+
+        Any further ones are refused until one has left.
+
+        # Examples
+
+            nbdcaptive --filter=limit memory 1M limit=4 --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[optional("limit", "<N>", "how many there may be at a time, 1 unless given; 0 for any number")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -25,7 +25,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "log",
-    summary: "log all requests to a file or a script",
+    summary: "log all requests to a file or a script
+
+        Each request is written down as it comes and as it is answered, with the time, the connection, and a number
+        that says which belongs to which. Without a file or a script it goes where `-v` does. What is logged are
+        requests as they arrive at this filter: it matters where it stands.
+
+        # Examples
+
+            nbdcaptive --filter=log memory 1M logfile=requests.log \\
+                --run 'nbdcopy disk.img \"$uri\"'
+        ",
     parameters: &[
         optional("logfile", "<FILE>", "the file to log to"),
         optional("logappend", "<BOOL>", "keep what is in it; false"),

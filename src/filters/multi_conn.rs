@@ -17,7 +17,18 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "multi-conn",
-    summary: "let clients use several connections, or not",
+    summary: "let clients use several connections, or not
+
+        A client may only use several connections at once if a flush on one of them is good for what was written on
+        all. Plugins say whether it is. Where it is not, `auto` and `emulate` make every flush one of all
+        connections; `unsafe` says that it is in any case, and `disable` that it is not.
+
+        # Examples
+
+            nbdcaptive --filter=multi-conn file disk.img \\
+                multi-conn-mode=disable \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("multi-conn-mode", "auto|emulate|plugin|disable|unsafe", "emulate where the plugin has it not; auto"),
         optional("multi-conn-track-dirty", "connection|fast|off", "how well is known what must be flushed; connection"),

@@ -11,7 +11,16 @@ use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "nocache",
-    summary: "change how data is brought near",
+    summary: "change how data is brought near
+
+        Clients can ask for data to be brought near before they read it. `none` offers that no more; `emulate` reads
+        the data and drops it; `nop` offers it and does nothing.
+
+        # Examples
+
+            nbdcaptive --filter=nocache file disk.img cachemode=nop \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[optional("cachemode", "none|emulate|nop", "not, by reads, or by doing nothing; none")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -11,7 +11,14 @@ use crate::layer::{About, ConfigError, Filter, Lifetime};
 /// See the module.
 pub static ABOUT: About = About {
     name: "noextents",
-    summary: "do not tell clients of holes",
+    summary: "do not tell clients of holes
+
+        To clients all of the disk is data. For file systems that take long to say where holes are.
+
+        # Examples
+
+            nbdcaptive --filter=noextents memory 1M --run 'nbdinfo --map \"$uri\"'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -11,7 +11,16 @@ use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "noparallel",
-    summary: "serve one request at a time",
+    summary: "serve one request at a time
+
+        `requests` takes the next request of a client when the one before is answered; `all-requests` takes one of
+        all clients together; `connections` serves one client at a time, and others wait.
+
+        # Examples
+
+            nbdcaptive --filter=noparallel file disk.img serialize=all-requests \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional("serialize", "requests|all-requests|connections", "of each client, of all, or one client; requests"),
         optional("serialise", "requests|all-requests|connections", "another name for serialize"),

@@ -13,7 +13,18 @@ use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "nozero",
-    summary: "change how zeroes are written",
+    summary: "change how zeroes are written
+
+        Clients can ask for a range to be zeroed without sending zeroes. `none` offers that no more; `emulate`
+        writes zeroes, as data; `notrim` does not let holes be made of it; `plugin` offers it whether or not the
+        plugin says it can. `fastzeromode` says the same of requests that are to fail unless they are quick: not
+        offered, refused, or treated like others.
+
+        # Examples
+
+            nbdcaptive --filter=nozero file disk.img zeromode=notrim \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("zeromode", "none|emulate|notrim|plugin", "not, by writes, without holes, as the plugin does; none"),
         optional("fastzeromode", "default|none|slow|ignore", "what becomes of requests for fast zeroes"),

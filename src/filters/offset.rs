@@ -15,7 +15,15 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "offset",
-    summary: "show a part of the disk",
+    summary: "show a part of the disk
+
+        The part begins at `offset`, and is `range` bytes long. It has to be within the disk.
+
+        # Examples
+
+            nbdcaptive --filter=offset file disk.img offset=64k range=128k \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional("offset", "<OFFSET>", "where the part starts, 0 unless given"),
         optional("range", "<LENGTH>", "how long it is, up to the end of the disk unless given"),

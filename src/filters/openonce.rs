@@ -11,7 +11,15 @@ use crate::layer::{About, ConfigError, Filter, Lifetime};
 /// See the module.
 pub static ABOUT: About = About {
     name: "openonce",
-    summary: "open the plugin once and keep it open",
+    summary: "open the plugin once and keep it open
+
+        For plugins that take long to open. Each export is opened for the first client that asks for it, and stays
+        open until the server ends.
+
+        # Examples
+
+            nbdcaptive --filter=openonce file disk.img --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

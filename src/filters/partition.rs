@@ -15,7 +15,16 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "partition",
-    summary: "show one partition of the disk",
+    summary: "show one partition of the disk
+
+        Of a disk with an MBR, primary partitions are numbers 1 to 4 and logical ones 5 and up; of one with a GPT
+        they count from 1. Clients see that partition and nothing else.
+
+        # Examples
+
+            nbdcaptive --filter=partition example1 partition=1 \\
+                --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[
         required("partition", "<PART>", "its number, from 1; logical partitions start at 5"),
         optional("partition-sectorsize", "512|4k", "the disk's sectors; 512 unless the disk says otherwise"),

@@ -21,7 +21,17 @@ use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "pause",
-    summary: "let requests wait while somebody says so",
+    summary: "let requests wait while somebody says so
+
+        Whoever connects to the socket and sends `p` makes requests wait; `P` comes back when those that had begun
+        are answered. `r` lets them go on, and `R` comes back. It matters to nobody but whoever wants to look at a
+        disk that stands still.
+
+        # Examples
+
+            nbdcaptive --filter=pause memory 1M pause-control=/tmp/pause.sock \\
+                --run 'printf pr | socat - UNIX-CONNECT:/tmp/pause.sock'
+        ",
     parameters: &[required("pause-control", "<SOCKET>", "the Unix socket to say it on; whatever is there is removed")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -14,7 +14,16 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "protect",
-    summary: "protect parts of the disk from being changed",
+    summary: "protect parts of the disk from being changed
+
+        A write to these bytes succeeds if it writes what is there already, and fails with EPERM otherwise. Either
+        end may be left out. With `~` the range is what may be changed, and the rest is protected.
+
+        # Examples
+
+            nbdcaptive --filter=protect file disk.img protect=0-511 \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[optional(
         "protect",
         "[~]<START>-<END>",

@@ -19,7 +19,16 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "rate",
-    summary: "limit the bandwidth",
+    summary: "limit the bandwidth
+
+        Rates are in bits a second, with the suffixes of sizes: `10M` is 10 mebibits. Reads and writes have a rate
+        each. The files are looked at again and again, so the rate can be changed while the server runs.
+
+        # Examples
+
+            nbdcaptive --filter=rate memory 1M rate=100M \\
+                --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: &[
         optional("rate", "<BITSPERSEC>", "of all clients together"),
         optional("connection-rate", "<BITSPERSEC>", "of each client"),

@@ -16,7 +16,16 @@ use crate::layer::{About, ConfigError, Filter, Lifetime};
 /// See the module.
 pub static ABOUT: About = About {
     name: "readahead",
-    summary: "prefetch ahead of clients that read in order",
+    summary: "prefetch ahead of clients that read in order
+
+        As long as a client reads in order, the plugin is told to bring near what comes next, more and more of it.
+        That needs a plugin that can, or nbdcaptive-cache-filter(1) behind this filter.
+
+        # Examples
+
+            nbdcaptive --filter=readahead file disk.img \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -15,7 +15,15 @@ use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "readonly",
-    summary: "let nothing be written",
+    summary: "let nothing be written
+
+        Clients are told that they cannot write. With a file they may be told that they can, and writes fail with
+        EPERM as long as the file is there.
+
+        # Examples
+
+            nbdcaptive --filter=readonly memory 1M --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[optional("readonly-file", "<FILENAME>", "only while this file is there and can be read")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

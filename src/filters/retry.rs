@@ -20,7 +20,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "retry",
-    summary: "open the plugin again when a request fails, and repeat the request",
+    summary: "open the plugin again when a request fails, and repeat the request
+
+        For plugins that lose their connection to something. When a request fails, the plugin is closed and opened
+        again and the request is repeated, after a wait that grows. Clients notice nothing but the time.
+        nbdcaptive-retry-request-filter(1) does it without opening the plugin again.
+
+        # Examples
+
+            nbdcaptive --filter=retry file disk.img retries=3 retry-delay=1 \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional("retries", "<N>", "how often, 5 times unless given"),
         optional("retry-delay", "<TIME>", "how long to wait before the first time, 2 seconds unless given"),

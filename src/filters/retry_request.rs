@@ -17,7 +17,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "retry-request",
-    summary: "repeat requests that fail",
+    summary: "repeat requests that fail
+
+        For plugins that fail now and then but need not be opened again for that; else nbdcaptive-retry-filter(1)
+        does.
+
+        # Examples
+
+            nbdcaptive --filter=retry-request --filter=error memory 1M \\
+                error-pread-rate=10% retry-request-retries=10 \\
+                retry-request-delay=1ms --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: &[
         optional("retry-request-retries", "<N>", "how often, twice unless given"),
         optional("retry-request-delay", "<TIME>", "how long to wait before each time, 2 seconds unless given"),

@@ -12,7 +12,14 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "rotational",
-    summary: "say whether the disk turns",
+    summary: "say whether the disk turns
+
+        Some clients read in another order from disks that turn. Without this filter the plugin says.
+
+        # Examples
+
+            nbdcaptive --filter=rotational memory 1M --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[optional("rotational", "<BOOL>", "whether it does; true unless given")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -18,7 +18,15 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "scan",
-    summary: "prefetch the whole disk while clients are connected",
+    summary: "prefetch the whole disk while clients are connected
+
+        From the start to the end, in the order of the disk, while at least one client is connected. That needs a
+        plugin that can bring data near, or nbdcaptive-cache-filter(1) behind this filter.
+
+        # Examples
+
+            nbdcaptive --filter=scan file disk.img --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional("scan-ahead", "<BOOL>", "skip to where the client reads, if that is further, which is the default"),
         optional("scan-clock", "<BOOL>", "go on where the last client's scan stopped, which is the default"),

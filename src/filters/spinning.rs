@@ -15,7 +15,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "spinning",
-    summary: "take as long as a disk with heads that move",
+    summary: "take as long as a disk with heads that move
+
+        Requests take as long as heads take to get to their place from that of the request before, once a time for
+        the next track, for half and for the whole way is given. To see how a client does on a disk of that kind.
+
+        # Examples
+
+            nbdcaptive --filter=spinning memory 1M min-seek-time=1ms \\
+                half-seek-time=2ms max-seek-time=3ms \\
+                --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: &[
         optional("heads", "<N>", "how many heads there are, 1 to 64; 1"),
         optional("separate-heads", "<BOOL>", "they move apart from each other; false"),

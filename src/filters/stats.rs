@@ -19,7 +19,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "stats",
-    summary: "write statistics of the requests to a file",
+    summary: "write statistics of the requests to a file
+
+        For each kind of request how many there were, how many bytes, how long they took, and at the end what sizes
+        and alignments they had. It is what arrives at this filter: with one before and one behind another filter it
+        is seen what that changes.
+
+        # Examples
+
+            nbdcaptive --filter=stats memory 1M statsfile=stats.txt \\
+                --run 'nbdcopy disk.img \"$uri\"'
+        ",
     parameters: &[
         required("statsfile", "<FILE>", "the file to write them to, at the end"),
         optional("statsappend", "<BOOL>", "keep what is in it; false"),

@@ -14,7 +14,15 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "swab",
-    summary: "swap the bytes of words",
+    summary: "swap the bytes of words
+
+        For disks that were written by a machine of the other byte order. Requests have to be of whole words.
+
+        # Examples
+
+            nbdcaptive --filter=swab pattern 1M swab-bits=64 \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[optional("swab-bits", "8|16|32|64", "how long a word is, 16 unless given; 8 swaps nothing")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

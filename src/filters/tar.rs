@@ -20,7 +20,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "tar",
-    summary: "one file inside a tar archive",
+    summary: "one file inside a tar archive
+
+        The file is served where it lies in the archive, so it can be written too; its size stays. The archive must
+        not be compressed, unless another filter behind this one unpacks it. Sparse files, links and directories
+        cannot be served.
+
+        # Examples
+
+            nbdcaptive --filter=tar file data.tar tar-entry=disk.img \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         Parameter { key: "tar-entry", value: "<FILENAME>", help: "its name, as tar lists it", required: true },
         Parameter {

@@ -14,7 +14,16 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "time-limit",
-    summary: "disconnect clients after some time",
+    summary: "disconnect clients after some time
+
+        The time runs from the moment when the export is opened. What the client asks for after it fails, but for a
+        flush, and the connection is closed.
+
+        # Examples
+
+            nbdcaptive --filter=time-limit memory 1M time-limit=30 \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         optional("time-limit", "<TIME>", "how long a client may stay, 60 seconds unless given; 0 for ever"),
         optional("time_limit", "<TIME>", "another name for time-limit"),

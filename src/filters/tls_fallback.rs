@@ -11,7 +11,16 @@ use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "tls-fallback",
-    summary: "show a message to clients without TLS",
+    summary: "show a message to clients without TLS
+
+        With `--tls=on` clients may do without TLS. With this filter they then see a disk that holds the message,
+        read-only, and clients with TLS see the real one.
+
+        # Examples
+
+            nbdcaptive --tls=off --filter=tls-fallback memory 1M \\
+                tlsreadme='use TLS' --run 'nbdcopy \"$uri\" - | head -1'
+        ",
     parameters: &[optional("tlsreadme", "<MESSAGE>", "the message; what is over 512 bytes is cut off")],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

@@ -16,7 +16,16 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "truncate",
-    summary: "give the disk another size",
+    summary: "give the disk another size
+
+        Made longer, the disk reads as zeroes behind its end, and nothing but zeroes may be written there. Made
+        shorter, the rest cannot be seen. First the size is set, then it is rounded.
+
+        # Examples
+
+            nbdcaptive --filter=truncate file disk.img round-up=1M \\
+                --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[
         optional("truncate", "<SIZE>", "the new size"),
         optional("round-up", "<N>", "round up to the next multiple of N, a power of 2"),

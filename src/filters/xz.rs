@@ -24,7 +24,16 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "xz",
-    summary: "unpack an xz file, read-only",
+    summary: "unpack an xz file, read-only
+
+        Nothing is unpacked before it is read, and no temporary file is made. But a block is always unpacked as a
+        whole: a file should have many small ones, as `xz --block-size=16M` makes them.
+
+        # Examples
+
+            nbdcaptive --filter=xz file disk.img.xz \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         Parameter {
             key: "xz-max-block",

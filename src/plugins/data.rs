@@ -32,7 +32,41 @@ const fn optional(key: &'static str, value: &'static str, help: &'static str) ->
 /// See the module.
 pub static ABOUT: About = About {
     name: "data",
-    summary: "a disk in memory with content from the command line",
+    summary: "a disk in memory with content from the command line
+
+        For small disks, in tests above all, whose content is to be seen on the command line. Clients may write to
+        it; what they write is lost at the end.
+
+        The language of `data=` is a list of bytes, written as numbers, and of what makes more of them:
+
+        `0x55 85 0125`
+        : Bytes, in hexadecimal, decimal and octal.
+
+        `\"text\" le32:1 be64:0x10`
+        : The bytes of a text; whole numbers of 16, 32 or 64 bits.
+
+        `@0x1fe`
+        : What follows stands at this offset. `@+N`, `@-N` and `@^N` go on, go back, and go on to a multiple of *N*.
+
+        `( ... )*N`, `( ... )[K:N]`
+        : The same again *N* times; a part of it.
+
+        `<FILE`, `<(COMMAND)`
+        : The content of a file; what a command of the shell prints.
+
+        `\\NAME`, `$NAME`
+        : What `( ... ) -> \\NAME` has been given a name to; the parameter *NAME*, or the environment's.
+
+        # Examples
+
+        The smallest disk that looks like one with a boot sector:
+
+            nbdcaptive data '@0x1fe 0x55 0xaa' --run 'nbdinfo --size \"$uri\"'
+
+        A megabyte in which a pattern repeats:
+
+            nbdcaptive data '(0xde 0xad)*524288' --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         optional(
             "data",

@@ -17,7 +17,29 @@ const fn method(key: &'static str, help: &'static str) -> Parameter {
 /// See the module.
 pub static ABOUT: About = About {
     name: "eval",
-    summary: "shell scripts on the command line are the plugin",
+    summary: "shell scripts on the command line are the plugin
+
+        Each parameter is a method and the shell script that is run for it, as the methods of
+        nbdcaptive-sh-plugin(1) are. A script gets the name of the method as `$1` and its arguments behind it,
+        writes its answer to stdout, and fails with a line on stderr such as `ENOSPC no room left`. A directory
+        `$tmpdir` is there for the scripts, and removed at the end.
+
+        Exit statuses: 0 is success, 1 an error, 2 says that the method is not there, 3 is a plain no.
+
+        # Examples
+
+        A disk of 64 MiB of zeroes:
+
+            nbdcaptive eval get_size='echo 64M' \\
+                pread='dd if=/dev/zero count=$3 iflag=count_bytes' \\
+                --run 'nbdinfo --size \"$uri\"'
+
+        A file, served by a script:
+
+            nbdcaptive eval get_size='stat -c %s disk.img' \\
+                pread='tail -c +$(($4 + 1)) disk.img | head -c $3' \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         method("after_fork", "runs when the server listens"),
         method("block_size", "prints minimum, preferred and maximum block size"),

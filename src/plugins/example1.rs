@@ -11,7 +11,15 @@ use crate::layer::{About, ConfigError, Plugin, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "example1",
-    summary: "a read-only example disk of 100 MiB with one empty partition",
+    summary: "a read-only example disk of 100 MiB with one empty partition
+
+        For trying things out where no disk is at hand, and for programmers: its source is the smallest that a
+        plugin can have.
+
+        # Examples
+
+            nbdcaptive example1 --run 'qemu-img convert \"$uri\" out.img'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::SerializeAllRequests,

@@ -37,7 +37,24 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "file",
-    summary: "a file, a block device, or a directory of them",
+    summary: "a file, a block device, or a directory of them
+
+        A file or block device is served as it is, holes included: they are told to clients, and zeroes and trims
+        make new ones where the file system can. With `dir=` each file or block device of a directory is an export
+        of its name, and links to such are; what is in directories below is not.
+
+        The file stays open as long as the server runs. One that may not be written is served read-only.
+
+        # Examples
+
+        Serve an image for reading only:
+
+            nbdcaptive -r file disk.img --run 'nbdinfo \"$uri\"'
+
+        Serve all images of a directory, and choose one:
+
+            nbdcaptive file dir=images -e two.img --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[
         Parameter { key: "file", value: "<FILENAME>", help: "the file or block device to serve", required: false },
         Parameter {

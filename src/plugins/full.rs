@@ -14,7 +14,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "full",
-    summary: "a disk that reads as zeroes and has no space left for writes",
+    summary: "a disk that reads as zeroes and has no space left for writes
+
+        A write, a trim or zeroes get the error ENOSPC, so it shows how a client takes a disk that has become full.
+
+        # Examples
+
+            nbdcaptive full 1G --run 'nbdsh -u \"$uri\" -c \"h.pread(512, 0)\"'
+
+        To see one become full in the midst of it, let the rest of a disk be it: nbdcaptive-error-filter(1) with
+        `error-pwrite=ENOSPC` begins when a file appears.
+        ",
     parameters: &[Parameter { key: "size", value: "<SIZE>", help: "size of the disk", required: true }],
     magic_key: Some("size"),
     thread_model: ThreadModel::Parallel,

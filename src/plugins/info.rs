@@ -14,7 +14,19 @@ use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "info",
-    summary: "a read-only disk that tells the client about itself or the server",
+    summary: "a read-only disk that tells the client about itself or the server
+
+        The disk is as long as what it says, and that is all of it: no line end, no padding. A client can find out
+        in which way its connection arrives.
+
+        # Examples
+
+        What the server takes the client's address for, and what the time is there (16 bytes, seconds and
+        microseconds, with the most significant byte first):
+
+            nbdcaptive info mode=address --run 'nbdcopy \"$uri\" - | cat'
+            nbdcaptive info mode=time --run 'nbdcopy \"$uri\" - | od -t x1'
+        ",
     parameters: &[Parameter {
         key: "mode",
         value: "exportname|base64exportname|address|time|uptime|conntime|version",

@@ -30,7 +30,22 @@ mod zstd;
 /// See the module.
 pub static ABOUT: About = About {
     name: "memory",
-    summary: "a disk in memory, which starts empty and is lost at the end",
+    summary: "a disk in memory, which starts empty and is lost at the end
+
+        Whatever its size, it takes only as much memory as has been written to it, unless `allocator=malloc` takes
+        all of it at the start. What is trimmed or zeroed is given back. All clients see the same disk.
+
+        # Examples
+
+        A scratch disk for a command:
+
+            nbdcaptive memory 1G \\
+                --run 'nbdcopy disk.img \"$uri\" && nbdinfo --map \"$uri\"'
+
+        One of 1 EiB, compressed in memory:
+
+            nbdcaptive memory 1E allocator=zstd --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[
         Parameter { key: "size", value: "<SIZE>", help: "size of the disk, up to 2^63-1 bytes", required: true },
         Parameter {

@@ -42,7 +42,27 @@ const fn optional(key: &'static str, value: &'static str, help: &'static str) ->
 /// See the module.
 pub static ABOUT: About = About {
     name: "nbd",
-    summary: "the disk of another NBD server",
+    summary: "the disk of another NBD server
+
+        nbdcaptive is a client of that server and passes everything on, so that filters can stand between it and its
+        clients, or clients that speak an older dialect of the protocol can use it. Where the server is has to be
+        said in one way: by a URI, a socket, a host, a command to start, or a descriptor.
+
+        Each client has a connection of its own to the server, unless `shared=true`.
+
+        # Examples
+
+        Look at another server through a filter that makes errors:
+
+            nbdcaptive memory 1M --run '
+                nbdcaptive --filter=error nbd \"$uri\" error-rate=0 \\
+                    --run \"nbdinfo \\\"\\$uri\\\"\"'
+
+        A server that is started for it, and ends with it:
+
+            nbdcaptive nbd command=nbdcaptive arg=-f arg=memory arg=1M \\
+                --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[
         optional("uri", "<URI>", "the server and its export"),
         optional("socket", "<SOCKNAME>", "the server's Unix socket"),

@@ -13,7 +13,15 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "null",
-    summary: "a disk that reads as zeroes and drops what is written",
+    summary: "a disk that reads as zeroes and drops what is written
+
+        Writes, trims and zeroes do nothing and are always fine. For measuring everything but the disk.
+
+        # Examples
+
+            nbdcaptive null 1T --run 'nbdinfo \"$uri\"'
+            nbdcaptive null 1G --run 'nbdcopy \"$uri\" null:'
+        ",
     parameters: &[Parameter {
         key: "size",
         value: "<SIZE>",

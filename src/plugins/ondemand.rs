@@ -24,7 +24,21 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "ondemand",
-    summary: "a directory of disks with file systems, made when they are asked for by name",
+    summary: "a directory of disks with file systems, made when they are asked for by name
+
+        Each name that a client asks for is a disk: a file of that name in `dir`, which is made when it is not
+        there. `mkfs` makes it, or `command`, which finds the path in `$disk`, and `$size`, `$label` and `$type` as
+        they were given. Any further parameters become variables of the command too. The default export is the disk
+        named `default`.
+
+        One client at a time may have a disk, unless `share` says otherwise.
+
+        # Examples
+
+            nbdcaptive ondemand dir=images size=64M \\
+                command='truncate -s $size \"$disk\"' \\
+                -e mine --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[
         Parameter { key: "dir", value: "<DIRNAME>", help: "where the disks are", required: true },
         made::SIZE,

@@ -11,7 +11,14 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "ones",
-    summary: "a disk that reads as one byte repeated and drops what is written",
+    summary: "a disk that reads as one byte repeated and drops what is written
+
+        As nbdcaptive-null-plugin(1), with another byte than zero.
+
+        # Examples
+
+            nbdcaptive ones 1M byte=0x55 --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         Parameter { key: "size", value: "<SIZE>", help: "size of the disk, 0 unless given", required: false },
         Parameter { key: "byte", value: "<BYTE>", help: "the byte, 0xff unless given", required: false },

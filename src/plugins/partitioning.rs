@@ -28,7 +28,22 @@ use crate::xoshiro::{self, Xoshiro};
 /// See the module.
 pub static ABOUT: About = About {
     name: "partitioning",
-    summary: "a disk with a partition table, whose partitions are files",
+    summary: "a disk with a partition table, whose partitions are files
+
+        A partition table is made up, an MBR or a GPT, and each file is a partition behind it. Clients write to the
+        files through their partitions; what is not part of any file can only be written with what is there already.
+
+        `alignment`, `mbr-id` and `type-guid` are for the files that follow them.
+
+        # Examples
+
+        A disk with two partitions:
+
+            nbdcaptive partitioning disk.img new.img \\
+                --run 'nbdcopy \"$uri\" out.img && fdisk -l out.img'
+            nbdcaptive partitioning disk.img partition-type=gpt \\
+                --run 'nbdcopy \"$uri\" out.img'
+        ",
     parameters: &[
         Parameter {
             key: "file",

@@ -12,7 +12,17 @@ use crate::values;
 /// See the module.
 pub static ABOUT: About = About {
     name: "pattern",
-    summary: "a read-only disk in which every eight bytes are their own offset",
+    summary: "a read-only disk in which every eight bytes are their own offset
+
+        Each eight bytes are their own offset, with the most significant byte first. Data that has been copied to
+        the wrong place can be told at once. It cannot be written; nbdcaptive-checkwrite-filter(1) in front of it
+        takes writes that are right.
+
+        # Examples
+
+            nbdcaptive pattern 1M \\
+                --run 'nbdcopy \"$uri\" - | od -A d -t x1 | head -3'
+        ",
     parameters: &[Parameter {
         key: "size",
         value: "<SIZE>",

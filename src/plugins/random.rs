@@ -15,7 +15,15 @@ use crate::xoshiro::{self, Xoshiro};
 /// See the module.
 pub static ABOUT: About = About {
     name: "random",
-    summary: "a disk of random bytes, which takes only writes that change nothing",
+    summary: "a disk of random bytes, which takes only writes that change nothing
+
+        At an offset there is always the same byte as long as the seed is the same. Only a write of what is there
+        already succeeds: so a copy of the disk onto itself shows that the copying is right.
+
+        # Examples
+
+            nbdcaptive random 1M seed=1 --run 'nbdcopy \"$uri\" \"$uri\"'
+        ",
     parameters: &[
         Parameter { key: "size", value: "<SIZE>", help: "size of the disk, 0 unless given", required: false },
         Parameter {

@@ -22,7 +22,35 @@ use script::{Scripts, Source};
 /// See the module.
 pub static ABOUT: About = About {
     name: "sh",
-    summary: "an executable file, a shell script say, is the plugin",
+    summary: "an executable file, a shell script say, is the plugin
+
+        The file is run for each thing that the server wants to know or have done: `SCRIPT open false default
+        false`, `SCRIPT pread 512 0` and so on. The first word is the method, what follows are its arguments; of
+        most methods the first argument is what `open` printed. It answers on stdout, takes the data of `pwrite` on
+        stdin, and fails with a line such as `EIO no such block` on stderr.
+
+        Exit statuses: 0 is success, 1 an error, 2 says that the method is not there, 3 is a plain no. 4 is success
+        and 5 an error after which the server ends; 6 disconnects the client at once, 7 and 8 do so after a success
+        or an error. At least `get_size` and `pread` have to be there. A directory `$tmpdir` is there for the
+        script, and removed at the end.
+
+        Methods are those that nbdcaptive-eval-plugin(1) lists. Parameters other than `script` are given to the
+        method `config`.
+
+        # Examples
+
+        With a file `disk.sh`:
+
+            case $1 in
+                get_size) echo 1M ;;
+                pread) dd if=/dev/zero count=$3 iflag=count_bytes ;;
+                *) exit 2 ;;
+            esac
+
+        this is the server:
+
+            nbdcaptive sh ./disk.sh --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[Parameter {
         key: "script",
         value: "<FILENAME>",

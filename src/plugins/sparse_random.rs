@@ -20,7 +20,18 @@ use crate::xoshiro::{self, Xoshiro};
 /// See the module.
 pub static ABOUT: About = About {
     name: "sparse-random",
-    summary: "runs of random data between holes; takes only writes that change nothing",
+    summary: "runs of random data between holes; takes only writes that change nothing
+
+        Made like the disk of a virtual machine: runs of data of different lengths, and more holes than data. For
+        testing programs that copy. At an offset there is always the same as long as the parameters are the same,
+        and only a write of what is there already succeeds.
+
+        # Examples
+
+            nbdcaptive sparse-random 1G seed=1 \\
+                --run 'nbdinfo --map --totals \"$uri\"'
+            nbdcaptive sparse-random 64M seed=1 --run 'nbdcopy \"$uri\" \"$uri\"'
+        ",
     parameters: &[
         Parameter { key: "size", value: "<SIZE>", help: "size of the disk, 0 unless given", required: false },
         Parameter {

@@ -18,7 +18,15 @@ use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "split",
-    summary: "one disk of several files, one behind the other",
+    summary: "one disk of several files, one behind the other
+
+        The files need not be of whole sectors. Writes go to the file that they fall into; a file's size does not
+        change.
+
+        # Examples
+
+            nbdcaptive split disk.img new.img --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[Parameter {
         key: "file",
         value: "<FILENAME>",

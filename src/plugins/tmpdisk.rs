@@ -18,7 +18,19 @@ use crate::layer::{About, ConfigError, Plugin, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "tmpdisk",
-    summary: "a fresh disk with a file system for each client, gone when it leaves",
+    summary: "a fresh disk with a file system for each client, gone when it leaves
+
+        Each connection gets a disk of its own, which nobody else sees and which is gone when the client leaves.
+        `mkfs` makes a file system on it, or `command` makes the disk, which finds the path in `$disk`, and `$size`,
+        `$label` and `$type` as they were given. Any further parameters become variables of the command too. Nothing
+        is ever forced to stable storage.
+
+        # Examples
+
+            nbdcaptive tmpdisk 64M label=scratch --run 'nbdcopy \"$uri\" out.img'
+            nbdcaptive tmpdisk 64M command='truncate -s $size \"$disk\"' \\
+                --run 'nbdinfo \"$uri\"'
+        ",
     parameters: &[made::SIZE, made::LABEL, made::TYPE, made::COMMAND],
     magic_key: Some("size"),
     thread_model: ThreadModel::Parallel,

@@ -12,7 +12,14 @@ use crate::layer::{About, ConfigError, Plugin, Value};
 /// See the module.
 pub static ABOUT: About = About {
     name: "zero",
-    summary: "a read-only disk of no bytes",
+    summary: "a read-only disk of no bytes
+
+        For tests of what clients do with nothing at all.
+
+        # Examples
+
+            nbdcaptive zero --run 'nbdinfo --size \"$uri\"'
+        ",
     parameters: &[],
     magic_key: None,
     thread_model: ThreadModel::Parallel,

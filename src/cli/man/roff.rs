@@ -17,6 +17,8 @@ pub struct Roff {
     items: Vec<Item>,
     /// What stands before each item of a list: nothing, or its number.
     numbers: Vec<Option<u64>>,
+    /// The margin has been moved for the lines of code that we are in.
+    indented: bool,
 }
 
 /// Words of one kind.
@@ -48,7 +50,7 @@ impl Roff {
         // Names of options and paths are not to be divided, nor lines filled with blanks. groff turns hyphenation on again at
         // each paragraph unless its register says otherwise.
         page += ".nr HY 0\n.nh\n.ad l\n";
-        Roff { page, inline: String::new(), fonts: Vec::new(), items: Vec::new(), numbers: Vec::new() }
+        Roff { page, inline: String::new(), fonts: Vec::new(), items: Vec::new(), numbers: Vec::new(), indented: false }
     }
 
     /// The page.
@@ -123,6 +125,9 @@ impl Roff {
             Event::End(TagEnd::CodeBlock) => {
                 self.fonts.pop();
                 self.page += ".EE\n";
+                if std::mem::take(&mut self.indented) {
+                    self.page += ".RE\n";
+                }
             }
             Event::Text(text) if self.fonts.last() == Some(&'L') => {
                 for line in text.lines() {
@@ -182,12 +187,16 @@ impl Roff {
             Some(item) if !item.begun => item.begun = true,
             _ => {
                 self.shift();
-                // A heading has made room already.
-                if !self.page.lines().last().is_some_and(|line| line.starts_with(".SH ") || line.starts_with(".SS ")) {
+                if !self.after_heading() {
                     self.page += ".PP\n";
                 }
             }
         }
+    }
+
+    /// A heading makes room behind it.
+    fn after_heading(&self) -> bool {
+        self.page.lines().last().is_some_and(|line| line.starts_with(".SH ") || line.starts_with(".SS "))
     }
 
     /// The same for lines that are set as they are.
@@ -196,7 +205,8 @@ impl Roff {
             Some(item) if !item.begun => item.begun = true,
             _ => {
                 self.shift();
-                self.page += ".IP \"\" 4\n";
+                self.indented = self.after_heading();
+                self.page += if self.indented { ".RS 4\n" } else { ".IP \"\" 4\n" };
             }
         }
     }
