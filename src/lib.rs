@@ -23,7 +23,7 @@
 //! | `kept.rs` | processes that plugins start, kept so that none outlives the server |
 //! | `user.rs` | becoming another user and group |
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
-//! | `tls.rs` | which TLS is served: finding and reading certificates and keys |
+//! | `tls/` | TLS as the command line has it: finding and reading certificates and keys |
 //! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
 //! | `probe.rs` | `--probe`: what an NBD server offers |
 //! | `overlay.rs`, `block_map.rs` | where filters keep data that is not the plugin's: temporary files, and which blocks are in them |

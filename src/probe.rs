@@ -7,7 +7,7 @@
 //! | key | value |
 //! |---|---|
 //! | `protocol` | `"oldstyle"`, `"newstyle"` or `"newstyle-fixed"` |
-//! | `TLS` | false |
+//! | `TLS` | whether TLS is spoken |
 //! | `structured`, `extended` | whether structured replies, extended headers were agreed on; at most one is true |
 //! | `list` * | what the server lists: objects with `export-name` and `description`; left out where it does not |
 //! | `list-error` * | why it does not |
@@ -40,6 +40,7 @@ use smol::future::{or, zip};
 use crate::cli::Options;
 use crate::identity;
 use crate::report::{print, to_stderr};
+use crate::tls::{Failed, Wanted};
 use crate::uri::Uri;
 
 /// How long the server may take for a step (to connect, to greet, to answer an option), unless `--timeout` says otherwise.
@@ -89,6 +90,7 @@ pub fn run(options: &Options) -> i32 {
 struct Found {
     protocol: Protocol,
     headers: Headers,
+    is_secure: bool,
     /// What the server lists, or why it does not; nothing where it cannot be asked.
     list: Option<Result<Vec<Listed>, String>>,
     exports: Vec<Entry>,
@@ -111,7 +113,7 @@ struct Facts {
 /// Errors: there is nothing to be found, as a line for people.
 async fn probe(uri: &Uri, patience: Duration) -> Result<Found, String> {
     let mut handshake = open(uri, patience).await?;
-    let (protocol, headers) = (handshake.protocol(), handshake.headers());
+    let (protocol, headers, is_secure) = (handshake.protocol(), handshake.headers(), handshake.is_secure());
     let mut list = None;
     if protocol == Protocol::FixedNewstyle {
         list = match within(patience, "listing exports", handshake.list()).await? {
@@ -162,14 +164,18 @@ async fn probe(uri: &Uri, patience: Duration) -> Result<Found, String> {
         // All that was wanted is here: how the server takes a goodbye is all the same.
         let _ = within(patience, "saying goodbye", handshake.abort()).await;
     }
-    Ok(Found { protocol, headers, list, exports })
+    Ok(Found { protocol, headers, is_secure, list, exports })
 }
 
 /// Connects and agrees on the best that there is.
 async fn open(uri: &Uri, patience: Duration) -> Result<Handshake, String> {
+    let tls = Wanted::by_uri(uri)?.ready()?;
     let transport = within(patience, "connecting", uri.connect()).await??;
-    let begin = within(patience, "waiting for the greeting", Handshake::begin(transport)).await?;
-    let mut handshake = begin.map_err(|error| line(&error))?;
+    let begin = within(patience, "waiting for the greeting", tls.begin(transport)).await?;
+    let mut handshake = begin.map_err(|error| match error {
+        Failed::Client(error) => line(&error),
+        Failed::Line(line) => line,
+    })?;
     let headers = within(patience, "asking for extended headers", handshake.ask_for_headers(Headers::Extended)).await?;
     headers.map_err(|error| line(&error))?;
     Ok(handshake)
@@ -212,7 +218,7 @@ async fn within<T>(patience: Duration, what: &str, work: impl Future<Output = T>
 }
 
 fn line(error: &Error) -> String {
-    if error.wants_tls() { format!("{error}, and TLS cannot be spoken yet") } else { error.to_string() }
+    if error.wants_tls() { format!("{error}: nbds:// does that") } else { error.to_string() }
 }
 
 impl Found {
@@ -233,7 +239,7 @@ impl Found {
     fn json(&self) -> Value {
         let mut all = Map::new();
         all.insert("protocol".into(), self.protocol().into());
-        all.insert("TLS".into(), false.into());
+        all.insert("TLS".into(), self.is_secure.into());
         all.insert("structured".into(), (self.headers == Headers::Structured).into());
         all.insert("extended".into(), (self.headers == Headers::Extended).into());
         match &self.list {
@@ -256,7 +262,12 @@ impl Found {
     }
 
     fn text(&self) -> String {
-        let mut text = format!("protocol: {} without TLS, using {} packets\n", self.protocol(), self.headers);
+        let mut text = format!(
+            "protocol: {} {} TLS, using {} packets\n",
+            self.protocol(),
+            if self.is_secure { "with" } else { "without" },
+            self.headers
+        );
         match &self.list {
             Some(Ok(listed)) => {
                 text += &format!("exports listed: {}\n", listed.len());

@@ -171,12 +171,9 @@ impl Uri {
         format!("{before}/{}{after}", String::from_utf8_lossy(&uri_quote(name)))
     }
 
-    /// Connects, to each address of the host in turn. Dropped, nothing remains.
+    /// Connects, to each address of the host in turn, and no more: see [`crate::tls::Wanted::by_uri`]. Dropped, nothing remains.
     /// Errors: nobody answers, or the way there is none that we know, as a line for people.
     pub async fn connect(&self) -> Result<Box<dyn Transport>, String> {
-        if self.tls {
-            return Err("TLS cannot be spoken yet: only nbd:// and nbd+unix://".to_owned());
-        }
         let failed = |error: io::Error| format!("cannot connect to {}: {error}", self.address);
         let socket: OwnedFd = match &self.address {
             Address::Tcp { host, port } => tcp(host.clone(), *port).await.map_err(failed)?,

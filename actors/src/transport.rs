@@ -93,6 +93,21 @@ pub trait Transport: Send {
     }
 }
 
+/// What is left of a stream that was taken to be made secure: its end.
+pub(crate) struct Gone;
+
+impl Transport for Gone {
+    fn poll_receive(&mut self, _cx: &mut Context<'_>, _slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(0))
+    }
+
+    fn poll_send(&mut self, _cx: &mut Context<'_>, _slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+    }
+
+    fn finish(&mut self) {}
+}
+
 /// What is worth a send where the kernel takes in megabytes: the fewer sends, the larger the segments.
 const MUCH: usize = 1024 * 1024;
 /// What is worth a send to a Unix socket: the client has something to do while the rest of a batch is served, and is not done

@@ -148,7 +148,10 @@ mod tests {
     fn vsock_names_this_machine_and_the_port_if_it_was_given() {
         let (none, some) = (Endpoint::Vsock { port: None }, Endpoint::Vsock { port: Some("70000".to_owned()) });
         assert_eq!(text(&none, "", Tls::Off, None, None), "nbd+vsock://1");
-        assert_eq!(text(&some, "e", Tls::Require, None, Some("/p")), "nbds+vsock://1:70000/e?tls-psk-file=/p");
+        assert_eq!(
+            text(&some, "e", Tls::Require, None, Some("/p")),
+            "nbds+vsock://al%2Fi%20ce@1:70000/e?tls-psk-file=/p"
+        );
     }
 
     #[test]

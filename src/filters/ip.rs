@@ -1,12 +1,14 @@
 //! `ip`: which clients may connect, by where they come from. Source: nbdkit filters/ip/ip.c, nbdkit-ip-filter.pod.
 //!
 //! A client is let in if an `allow` rule matches, else refused if a `deny` rule does, else let in. One of whom nothing is known
-//! is refused. Rules about TLS certificates (`dn:`, `issuer-dn:`), security contexts and AF_VSOCK are understood and match nobody,
-//! because the engine does not tell these of a client; so a `deny` of them refuses nobody, which is why that is an error.
+//! is refused. Rules about security contexts and AF_VSOCK are understood and match nobody, because the engine does not tell these
+//! of a client; so a `deny` of them refuses nobody, which is why that is an error. Rules about TLS certificates (`dn:`,
+//! `issuer-dn:`) take a client's word only once its certificate was verified, so with them all rules wait for the handshake.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use glob::{MatchOptions, Pattern};
 use nbdcaptive_actors::device::{Client, Device, Error, ErrorCode, Export, Exports, Peer, Result, ThreadModel};
 use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
 
@@ -56,14 +58,22 @@ enum Rule {
     Pid(i64),
     Uid(i64),
     Gid(i64),
+    /// What a client's certificate says, of whom it is.
+    Subject(Pattern),
+    /// The same, of who signed it.
+    Issuer(Pattern),
     /// Something that the engine does not know of a client.
-    Unknowable {
-        late: bool,
-    },
+    Unknowable,
 }
 
 impl Rule {
-    fn matches(&self, peer: Option<&Peer>) -> bool {
+    /// Whether it takes the handshake to know.
+    fn is_late(&self) -> bool {
+        matches!(self, Rule::Subject(_) | Rule::Issuer(_))
+    }
+
+    fn matches(&self, client: &Client) -> bool {
+        let (peer, names) = (client.peer.as_ref(), client.tls_names.as_ref());
         let ip = match peer {
             Some(Peer::Inet(address)) => Some(address.ip()),
             _ => None,
@@ -88,10 +98,17 @@ impl Rule {
             Rule::Pid(rule) => pid == Some(*rule),
             Rule::Uid(rule) => uid == Some(*rule),
             Rule::Gid(rule) => gid == Some(*rule),
-            Rule::Unknowable { .. } => false,
+            // As in nbdkit, one without a certificate has empty names.
+            Rule::Subject(pattern) => pattern.matches_with(names.map_or("", |names| &names.subject), ANY_CASE),
+            Rule::Issuer(pattern) => pattern.matches_with(names.map_or("", |names| &names.issuer), ANY_CASE),
+            Rule::Unknowable => false,
         }
     }
 }
+
+/// How names are compared. Source: nbdkit's `FNM_CASEFOLD`.
+const ANY_CASE: MatchOptions =
+    MatchOptions { case_sensitive: false, require_literal_separator: false, require_literal_leading_dot: false };
 
 /// The text behind a word, in whatever case that is.
 fn after<'a>(text: &'a str, word: &str) -> Option<&'a str> {
@@ -115,7 +132,7 @@ fn rule(key: &str, text: &str) -> std::result::Result<Rule, ConfigError> {
         (&["anyipv4", "allipv4"], Rule::AnyIpv4),
         (&["anyipv6", "allipv6"], Rule::AnyIpv6),
         (&["anyunix", "allunix"], Rule::AnyUnix),
-        (&["anyvsock", "allvsock"], Rule::Unknowable { late: false }),
+        (&["anyvsock", "allvsock"], Rule::Unknowable),
     ];
     for (names, rule) in words {
         if names.iter().any(|name| text.eq_ignore_ascii_case(name)) {
@@ -134,13 +151,18 @@ fn rule(key: &str, text: &str) -> std::result::Result<Rule, ConfigError> {
     for what in ["vsock-cid:", "vsock-port:"] {
         if let Some(text) = after(text, what) {
             number(what, text, 0, u32::MAX.into())?;
-            return Ok(Rule::Unknowable { late: false });
+            return Ok(Rule::Unknowable);
         }
     }
-    for what in ["dn:", "issuer-dn:", "security:"] {
-        if after(text, what).is_some() {
-            return Ok(Rule::Unknowable { late: what != "security:" });
-        }
+    let pattern = |name: &str| Pattern::new(name).map_err(|error| ConfigError(format!("{key}={text}: {error}")));
+    if let Some(name) = after(text, "dn:") {
+        return pattern(name).map(Rule::Subject);
+    }
+    if let Some(name) = after(text, "issuer-dn:") {
+        return pattern(name).map(Rule::Issuer);
+    }
+    if after(text, "security:").is_some() {
+        return Ok(Rule::Unknowable);
     }
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address, Some(values::unsigned(key, prefix).map_err(ConfigError)?)),
@@ -207,8 +229,8 @@ impl Filter for Ip {
     }
 
     fn config_complete(&mut self) -> std::result::Result<(), ConfigError> {
-        if self.deny.iter().any(|rule| matches!(rule, Rule::Unknowable { .. })) {
-            let line = "deny: TLS names, security contexts and AF_VSOCK addresses of clients are not known here";
+        if self.deny.contains(&Rule::Unknowable) {
+            let line = "deny: security contexts and AF_VSOCK addresses of clients are not known here";
             return Err(ConfigError(line.to_owned()));
         }
         Ok(())
@@ -219,7 +241,7 @@ impl Filter for Ip {
         next: Arc<dyn Exports>,
         _lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        let late = self.allow.iter().any(|rule| matches!(rule, Rule::Unknowable { late: true }));
+        let late = self.allow.iter().chain(&self.deny).any(Rule::is_late);
         Ok(Arc::new(FilteredExports(Guarded { next, rules: *self, late })))
     }
 }
@@ -233,13 +255,13 @@ struct Guarded {
 
 impl Guarded {
     fn check(&self, client: &Client) -> Result<()> {
-        let peer = client.peer.as_ref();
+        let Client { peer, tls_names, .. } = client;
         if self.rules.debug_rules != 0 {
-            client.connection.debug(format_args!("ip: peer: {peer:?}"));
+            client.connection.debug(format_args!("ip: peer: {peer:?}, certificate: {tls_names:?}"));
         }
         let matches = |which: &str, rules: &[Rule]| {
             rules.iter().any(|rule| {
-                let matches = rule.matches(peer);
+                let matches = rule.matches(client);
                 if self.rules.debug_rules != 0 {
                     let answer = if matches { "yes" } else { "no" };
                     client.connection.debug(format_args!("ip: match client with {which}: {rule:?} => {answer}"));
@@ -288,6 +310,7 @@ impl FilterExports for Guarded {
 mod tests {
     use super::*;
     use crate::filters::kit::testing::{memory, over, refused};
+    use nbdcaptive_actors::device::Names;
     use std::net::SocketAddr;
 
     fn inet(address: &str) -> Option<Peer> {
@@ -333,7 +356,7 @@ mod tests {
             assert!(only(rule, yes), "{rule}");
             assert!(!only(rule, no), "{rule}");
         }
-        for rule in ["anyvsock", "vsock-cid:2", "vsock-port:1", "dn:CN=a,O=b", "security:x"] {
+        for rule in ["anyvsock", "vsock-cid:2", "vsock-port:1", "security:x"] {
             let exports = over(memory("1M"), "ip", &[("allow", rule), ("deny", "any")]).unwrap();
             let client = Client { peer: inet("1.2.3.4"), ..Client::default() };
             assert!(exports.preconnect(&client).and_then(|()| exports.open(&client).map(drop)).is_err(), "{rule}");
@@ -353,6 +376,30 @@ mod tests {
         assert_eq!(why("pid:0"), "pid: parameter out of range");
         assert_eq!(why("uid:-1"), "uid: parameter out of range");
         assert_eq!(why("vsock-cid:4294967296"), "vsock-cid: parameter out of range");
-        assert!(refused("ip", &[("deny", "dn:x")]).starts_with("deny: TLS names"));
+        assert!(refused("ip", &[("deny", "security:x")]).starts_with("deny: security contexts"));
+        assert!(why("dn:[").starts_with("allow=dn:[: "));
+    }
+
+    #[test]
+    fn names_in_certificates_are_looked_at_when_they_are_known() {
+        let exports = |parameters: &[(&str, &str)]| over(memory("1M"), "ip", parameters).unwrap();
+        let client = |subject: &str, issuer: &str| {
+            let names = Names { subject: subject.to_owned(), issuer: issuer.to_owned() };
+            Client { peer: inet("1.2.3.4"), is_tls: true, tls_names: Some(names), ..Client::default() }
+        };
+        let nobody = || Client { peer: inet("1.2.3.4"), ..Client::default() };
+        let (alice, bob) = (client("CN=alice,O=BigCo,C=US", "CN=CA"), client("CN=bob,O=Other", "CN=Other CA"));
+
+        let allowed = exports(&[("allow", "dn:*,o=bigco,*"), ("allow", "DN:CN=b?b,O=X"), ("deny", "all")]);
+        assert!(allowed.preconnect(&nobody()).is_ok(), "nothing is known yet");
+        assert!(allowed.open(&alice).is_ok() && allowed.list(&alice).is_ok());
+        assert!(allowed.open(&bob).is_err() && allowed.list(&bob).is_err() && allowed.open(&nobody()).is_err());
+
+        let denied = exports(&[("deny", "issuer-dn:CN=Other*")]);
+        assert!(denied.preconnect(&bob).is_ok() && denied.open(&bob).is_err());
+        assert!(denied.open(&alice).is_ok() && denied.open(&nobody()).is_ok());
+        // All rules wait, and so does one about an address.
+        let mixed = exports(&[("allow", "dn:nobody"), ("deny", "1.2.3.4")]);
+        assert!(mixed.preconnect(&alice).is_ok() && mixed.open(&alice).is_err());
     }
 }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use async_io::Timer;
 use dns_lookup::{AddrInfoHints, SockType, getaddrinfo};
-use nbdcaptive_actors::client::{self, Handshake, Requests, Wishes, negotiate};
+use nbdcaptive_actors::client::{self, Handshake, Requests, Wishes};
 use nbdcaptive_actors::device::{
     self, Call, Capabilities, Client, Device, Error, ErrorCode, Export, Exports, Extents, Flags, Segments, Support,
     ThreadModel,
@@ -30,8 +30,10 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use smol::future::block_on;
 
+use crate::cli::Tls;
 use crate::kept::{self, Program, Streams};
 use crate::layer::{About, ConfigError, Parameter, Plugin, Step, Value};
+use crate::tls::{Ready, Wanted};
 use crate::uri::{self, Uri};
 use crate::values;
 
@@ -77,16 +79,16 @@ pub static ABOUT: About = About {
         optional("dynamic-export", "<BOOL>", "ask for the export that the client asks for"),
         optional("retry", "<N>", "try so many times more to connect, a second apart"),
         optional("shared", "<BOOL>", "one connection for all clients, from the start on"),
-        optional("tls", "<MODE>", "off; on and require are not supported yet"),
-        optional("tls-certificates", "<DIR>", "not supported yet"),
-        optional("tls-verify", "<BOOL>", "not supported yet"),
-        optional("tls-username", "<NAME>", "not supported yet"),
-        optional("tls-psk", "<FILE>", "not supported yet"),
+        optional("tls", "<MODE>", "whether to use TLS: off, on where the server has it, or require"),
+        optional("tls-certificates", "<DIR>", "the directory of the certificates to use"),
+        optional("tls-verify", "<BOOL>", "false: anybody may be the server"),
+        optional("tls-username", "<NAME>", "the user of the pre-shared key"),
+        optional("tls-psk", "<FILE>", "the file of pre-shared keys; it goes before DIR"),
     ],
     magic_key: Some("uri"),
     thread_model: ThreadModel::Parallel,
     // Named as scripts know them, although there is no libnbd here.
-    dump: &[("libnbd_tls", "0"), ("libnbd_uri", "1"), ("libnbd_vsock", "1"), ("libnbd_dynamic_list", "1")],
+    dump: &[("libnbd_tls", "1"), ("libnbd_uri", "1"), ("libnbd_vsock", "1"), ("libnbd_dynamic_list", "1")],
 };
 
 /// How long a server that was started may take to end after its only client has left, and then again after SIGTERM.
@@ -109,8 +111,12 @@ pub struct Nbd {
     dynamic_export: bool,
     retry: u32,
     shared: bool,
-    tls: Option<bool>,
-    tls_given: bool,
+    /// `tls`, if it is said.
+    tls: Option<Tls>,
+    tls_certificates: Option<PathBuf>,
+    tls_verify: Option<bool>,
+    tls_username: Option<Vec<u8>>,
+    tls_psk: Option<PathBuf>,
     remote: Option<Arc<Remote>>,
 }
 
@@ -120,6 +126,29 @@ fn error<T>(line: impl Into<String>) -> Result<T, ConfigError> {
 
 fn absolute(value: Value<'_>) -> Result<PathBuf, ConfigError> {
     std::path::absolute(value.path()).map_err(|error| ConfigError(format!("{}: {error}", value.path().display())))
+}
+
+impl Nbd {
+    /// What the parameters say of TLS, over what the URI did. One that needs it gets it.
+    fn say_tls(&self, wanted: &mut Wanted) {
+        let Nbd { tls, tls_certificates, tls_verify, tls_username, tls_psk, .. } = self;
+        let is_given =
+            tls_certificates.is_some() || tls_verify.is_some() || tls_username.is_some() || tls_psk.is_some();
+        if wanted.mode != Tls::Require {
+            wanted.mode = tls.unwrap_or(if is_given { Tls::On } else { Tls::Off });
+        }
+        let Wanted { certificates, keys, user, verify, .. } = wanted;
+        if tls_certificates.is_some() {
+            certificates.clone_from(tls_certificates);
+        }
+        if tls_psk.is_some() {
+            keys.clone_from(tls_psk);
+        }
+        if tls_username.is_some() {
+            user.clone_from(tls_username);
+        }
+        *verify = tls_verify.unwrap_or(*verify);
+    }
 }
 
 impl Plugin for Nbd {
@@ -145,13 +174,16 @@ impl Plugin for Nbd {
             "shared" => self.shared = boolean()?,
             "tls" => {
                 let forced = matches!(&*value.text(key)?.to_ascii_lowercase(), "require" | "required" | "force");
-                self.tls = Some(forced || boolean()?);
+                self.tls = Some(match forced || boolean()? {
+                    true if forced => Tls::Require,
+                    true => Tls::On,
+                    false => Tls::Off,
+                });
             }
-            "tls-verify" => {
-                boolean()?;
-                self.tls_given = true;
-            }
-            "tls-certificates" | "tls-username" | "tls-psk" => self.tls_given = true,
+            "tls-certificates" => self.tls_certificates = Some(absolute(value)?),
+            "tls-verify" => self.tls_verify = Some(boolean()?),
+            "tls-username" => self.tls_username = Some(value.bytes().to_vec()),
+            "tls-psk" => self.tls_psk = Some(absolute(value)?),
             _ => return error(format!("unknown parameter '{key}'")),
         }
         Ok(())
@@ -184,9 +216,6 @@ impl Plugin for Nbd {
         if self.port.is_some() && self.hostname.is_none() && self.vsock.is_none() {
             return error("‘port’ parameter should only be used with ‘hostname’ or ‘vsock’");
         }
-        if self.tls.unwrap_or(self.tls_given) {
-            return error("tls: this binary was compiled without TLS");
-        }
         let export = self.export.clone().unwrap_or_default();
         if export.len() > NBD_MAX_STRING {
             return error(format!("export: the name is longer than {NBD_MAX_STRING} bytes"));
@@ -199,11 +228,10 @@ impl Plugin for Nbd {
             return error("cannot use 'dynamic-export' with shared connection");
         }
         let mut name = export.clone();
+        let mut wanted = Wanted { hostname: self.hostname.clone(), ..Wanted::default() };
         let way = if let Some(text) = &self.uri {
             let uri = Uri::parse(text).map_err(|why| ConfigError(format!("uri: {text}: {why}")))?;
-            if uri.tls {
-                return error(format!("uri: {text}: this binary was compiled without TLS"));
-            }
+            wanted = Wanted::by_uri(&uri).map_err(|why| ConfigError(format!("uri: {text}: {why}")))?;
             name.clone_from(&uri.export_name);
             Way::Uri(uri)
         } else if let Some(path) = &self.socket {
@@ -225,8 +253,10 @@ impl Plugin for Nbd {
             let port = values::unsigned("port", self.port.as_deref().unwrap_or("10809")).map_err(ConfigError)?;
             Way::Vsock { cid, port }
         };
+        self.say_tls(&mut wanted);
         self.remote = Some(Arc::new(Remote {
             way,
+            tls: wanted.ready().map_err(ConfigError)?,
             name,
             // As in nbdkit, which does not look into the URI for this.
             default_name: export,
@@ -293,6 +323,7 @@ enum Way {
 #[derive(Debug)]
 struct Remote {
     way: Way,
+    tls: Ready,
     /// The export to ask for.
     name: Vec<u8>,
     /// What is said to be the name of the default export.
@@ -356,12 +387,17 @@ impl Remote {
         Ok(Box::new(Socket::on_reactor(socket).map_err(failed)?))
     }
 
+    /// Connects, and makes it secure where that is wanted.
+    async fn begin(&self) -> device::Result<Handshake> {
+        self.tls.begin(self.transport().await?).await.map_err(failed)
+    }
+
     /// Connects and asks for the export `name`, again and again if need be.
     async fn connect(&self, name: &[u8]) -> device::Result<client::Agreed> {
         let wishes = Wishes::export(name);
         let mut left = self.retry;
         loop {
-            let attempt = async { negotiate(self.transport().await?, &wishes).await.map_err(failed) };
+            let attempt = async { self.begin().await?.choose(&wishes).await.map_err(failed) };
             match attempt.await {
                 // A connection that was made by somebody else is there once.
                 Err(_) if left > 0 && !matches!(self.way, Way::Taken(_)) => left -= 1,
@@ -384,7 +420,7 @@ impl Remote {
         &self,
         question: impl AsyncFnOnce(&mut Handshake) -> Result<T, client::Error>,
     ) -> device::Result<T> {
-        let mut handshake = Handshake::begin(self.transport().await?).await.map_err(failed)?;
+        let mut handshake = self.begin().await?;
         let answer = question(&mut handshake).await.map_err(failed)?;
         // It was answered; what becomes of the connection does not matter.
         let _ = handshake.abort().await;

@@ -181,7 +181,8 @@ fn nobody_there_is_one_line_that_names_the_uri() {
     assert!(output.stderr.starts_with(&format!("nbdcaptive: {uri}: cannot connect to ")), "{output:?}");
     for (uri, why) in [
         ("nbd+unix:///?socket=/no/such/socket", "cannot connect to /no/such/socket: No such file"),
-        ("nbds://localhost", "TLS cannot be spoken yet"),
+        ("nbds://localhost?tls-type=anon", "tls-type: only psk and x509"),
+        ("nbds://localhost?tls-psk-file=/no/such/file", "/no/such/file: No such file"),
         ("nbd+vsock://2", "cannot connect to vsock 2:10809"),
         ("localhost:10809", "an NBD URI starts with nbd://"),
         ("nbd://localhost/%zz", "a % that two hexadecimal digits do not follow"),

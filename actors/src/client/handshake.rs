@@ -2,7 +2,7 @@
 //! Source: NBD doc/proto.md "Newstyle negotiation", "Option types".
 
 use std::future::poll_fn;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 
 use super::connection::{self, Connection, Requests};
 use super::input::Input;
@@ -11,7 +11,8 @@ use crate::device::BlockSize;
 use crate::protocol::client::*;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::{ExportQuery, MAX_OPTION_DATA, MetaContextQuery};
-use crate::transport::Transport;
+use crate::tls::Connector;
+use crate::transport::{Gone, Transport};
 
 /// The most data that the answer to one option may have, in bytes: a list of many thousand exports.
 const MAX_ANSWER: usize = 16 * 1024 * 1024;
@@ -114,16 +115,7 @@ impl Wishes {
 ///
 /// Errors: the export is not to be had, or the server is none. That it has less than was wished for is none.
 pub async fn negotiate(transport: Box<dyn Transport>, wishes: &Wishes) -> Result<Agreed, Error> {
-    let mut handshake = Handshake::begin(transport).await?;
-    handshake.ask_for_headers(wishes.headers).await?;
-    if handshake.headers() > Headers::Simple && !wishes.contexts.is_empty() {
-        match handshake.set_meta_contexts(&wishes.export_name, &wishes.contexts).await {
-            // A server that wants TLS says so again when the export is asked for.
-            Ok(_) | Err(Error::Refused(_)) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    handshake.go(&wishes.export_name).await
+    Handshake::begin(transport).await?.choose(wishes).await
 }
 
 /// A handshake that is under way. A dropped future of one of its methods leaves it in the middle of an answer: drop it too.
@@ -204,6 +196,44 @@ impl Handshake {
             }
         }
         Ok(self.headers)
+    }
+
+    /// Goes on over a stream that is secure. What was agreed on before counts no more. Errors: the server has no TLS (it was
+    /// refused, or is impossible), and then the handshake may go on without; it failed, and the connection is over.
+    pub async fn start_tls(&mut self, connector: &dyn Connector) -> Result<(), Error> {
+        self.ask(NBD_OPT_STARTTLS, |out| {
+            plain_option(out, NBD_OPT_STARTTLS);
+            Ok(())
+        })
+        .await?;
+        if !self.input.bytes().is_empty() {
+            // Whoever sent it, it would count as if it were secure.
+            let why = "plain bytes came behind the answer to NBD_OPT_STARTTLS";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why).into());
+        }
+        let plain = std::mem::replace(&mut self.transport, Box::new(Gone));
+        let secured = connector.connect(plain).await;
+        self.transport = secured.map_err(|error| io::Error::new(error.kind(), format!("TLS handshake: {error}")))?;
+        (self.input, self.headers, self.contexts) = (Input::default(), Headers::Simple, None);
+        Ok(())
+    }
+
+    /// Whether the stream is secure.
+    pub fn is_secure(&self) -> bool {
+        self.transport.security().is_some()
+    }
+
+    /// Agrees on what is wished for and chooses the export. Errors: the export is not to be had.
+    pub async fn choose(mut self, wishes: &Wishes) -> Result<Agreed, Error> {
+        self.ask_for_headers(wishes.headers).await?;
+        if self.headers() > Headers::Simple && !wishes.contexts.is_empty() {
+            match self.set_meta_contexts(&wishes.export_name, &wishes.contexts).await {
+                // A server that wants TLS says so again when the export is asked for.
+                Ok(_) | Err(Error::Refused(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.go(&wishes.export_name).await
     }
 
     /// The server's exports. Errors: it does not tell.

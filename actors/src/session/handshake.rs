@@ -3,10 +3,9 @@
 
 use std::borrow::Cow;
 use std::future::pending;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use smol::future::or;
@@ -21,7 +20,7 @@ use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
 use crate::protocol::transmission::{Agreement, BASE_ALLOCATION, Contexts, Headers};
 use crate::tls::{Names, Security};
-use crate::transport::Transport;
+use crate::transport::{Gone, Transport};
 
 /// How many options a client may send before it chooses an export, and as many again for each export it was listed.
 /// Source: nbdkit server/protocol-handshake-newstyle.c `MAX_NR_OPTIONS`.
@@ -597,21 +596,6 @@ impl Handshake<'_> {
             self.more().await.map_err(inside)?;
         }
     }
-}
-
-/// What is left of a stream that TLS has taken: its end.
-struct Gone;
-
-impl Transport for Gone {
-    fn poll_receive(&mut self, _cx: &mut Context<'_>, _slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Ok(0))
-    }
-
-    fn poll_send(&mut self, _cx: &mut Context<'_>, _slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
-    }
-
-    fn finish(&mut self) {}
 }
 
 /// Waits for the client, or for its turn, as long as there is time: a client that has not negotiated was promised nothing

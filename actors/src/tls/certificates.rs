@@ -1,7 +1,6 @@
 //! The server's end of TLS with certificates, by rustls.
 
 use std::fmt;
-use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 
 use rustls::client::danger::HandshakeSignatureValid;
@@ -17,9 +16,9 @@ use rustls::{
 };
 
 use super::names::Revoked;
-use super::stream::{Opened, Records, accept};
-use super::wire::Wire;
-use super::{Accepting, Acceptor, Names, Security};
+use super::session::{Session, failed};
+use super::stream::secure;
+use super::{Acceptor, Securing};
 use crate::transport::Transport;
 
 /// What a server with certificates is made of, as files of PEM blocks. Text around the blocks, and blocks of other kinds, are
@@ -83,22 +82,9 @@ impl Certificates {
     /// Errors: a file has nothing of what it should have, or what cannot be used; the key is not that of the certificate.
     pub fn new(pem: Pem<'_>, verify_peer: bool) -> Result<Certificates, CertificatesError> {
         let provider = Arc::new(provider());
-        let mut roots = RootCertStore::empty();
-        for authority in certificates(Part::Authorities, pem.authorities)? {
-            roots.add(authority).map_err(|error| wrong(Part::Authorities, error))?;
-        }
-        let mut revoked = Revoked::default();
-        for list in CertificateRevocationListDer::pem_slice_iter(pem.revoked.unwrap_or_default()) {
-            let list = list.map_err(|error| no_pem(Part::Revoked, error))?;
-            revoked.add(&list).map_err(|error| wrong(Part::Revoked, format_args!("no revocation list: {error}")))?;
-        }
-        let chain = certificates(Part::Certificate, pem.certificate)?;
-        let key = provider.key_provider.load_private_key(key(pem.key)?);
-        let own = CertifiedKey::new(chain, key.map_err(|error| wrong(Part::Key, error))?);
-        // What rustls does not understand of a certificate is the clients' to judge.
-        if let Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) = own.keys_match() {
-            return Err(wrong(Part::Key, "it is not the key of the certificate"));
-        }
+        let roots = roots(pem.authorities)?;
+        let revoked = revoked(pem.revoked)?;
+        let own = own(&provider, pem.certificate, pem.key)?;
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
             .map_err(|error| wrong(Part::Certificate, error))?;
@@ -122,15 +108,15 @@ impl Certificates {
 }
 
 impl Acceptor for Certificates {
-    fn accept(&self, transport: Box<dyn Transport>) -> Accepting {
+    fn accept(&self, transport: Box<dyn Transport>) -> Securing {
         let records = ServerConnection::new(Arc::clone(&self.0));
-        accept(records.map(Server::new).map_err(failed), transport)
+        secure(records.map(Session::new).map_err(failed), transport)
     }
 }
 
 /// aws-lc-rs: about twice as fast as ring where the processor has wide AES, and it knows the curve P-521, which certtool
 /// makes keys of when it is asked to. It is built with a C compiler alone.
-fn provider() -> CryptoProvider {
+pub(super) fn provider() -> CryptoProvider {
     let mut provider = aws_lc_rs::default_provider();
     // 128 bits are as safe as anything else in the exchange, and a third faster than 256.
     let order = |suite: CipherSuite| match suite {
@@ -154,11 +140,11 @@ pub(super) fn has_fast_aes() -> bool {
     false
 }
 
-fn wrong(part: Part, why: impl fmt::Display) -> CertificatesError {
+pub(super) fn wrong(part: Part, why: impl fmt::Display) -> CertificatesError {
     CertificatesError { part, why: why.to_string() }
 }
 
-fn no_pem(part: Part, error: pem::Error) -> CertificatesError {
+pub(super) fn no_pem(part: Part, error: pem::Error) -> CertificatesError {
     let why = match (part, error) {
         (Part::Key, pem::Error::NoItemsFound) => "there is no private key in it".to_owned(),
         (_, pem::Error::NoItemsFound) => "there is no certificate in it".to_owned(),
@@ -168,13 +154,13 @@ fn no_pem(part: Part, error: pem::Error) -> CertificatesError {
     CertificatesError { part, why }
 }
 
-fn certificates(part: Part, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificatesError> {
+pub(super) fn certificates(part: Part, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, CertificatesError> {
     let found = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
     let found = found.map_err(|error| no_pem(part, error))?;
     if found.is_empty() { Err(no_pem(part, pem::Error::NoItemsFound)) } else { Ok(found) }
 }
 
-fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, CertificatesError> {
+pub(super) fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, CertificatesError> {
     PrivateKeyDer::from_pem_slice(pem).map_err(|error| {
         let is_encrypted = pem.windows(b"ENCRYPTED".len()).any(|word| word == b"ENCRYPTED");
         match error {
@@ -184,6 +170,41 @@ fn key(pem: &[u8]) -> Result<PrivateKeyDer<'static>, CertificatesError> {
             error => no_pem(Part::Key, error),
         }
     })
+}
+
+/// Who is trusted to sign.
+pub(super) fn roots(pem: &[u8]) -> Result<RootCertStore, CertificatesError> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(Part::Authorities, pem)? {
+        roots.add(authority).map_err(|error| wrong(Part::Authorities, error))?;
+    }
+    Ok(roots)
+}
+
+/// What was taken back.
+pub(super) fn revoked(pem: Option<&[u8]>) -> Result<Revoked, CertificatesError> {
+    let mut revoked = Revoked::default();
+    for list in CertificateRevocationListDer::pem_slice_iter(pem.unwrap_or_default()) {
+        let list = list.map_err(|error| no_pem(Part::Revoked, error))?;
+        revoked.add(&list).map_err(|error| wrong(Part::Revoked, format_args!("no revocation list: {error}")))?;
+    }
+    Ok(revoked)
+}
+
+/// A certificate with its key.
+pub(super) fn own(
+    provider: &CryptoProvider,
+    certificate: &[u8],
+    private: &[u8],
+) -> Result<CertifiedKey, CertificatesError> {
+    let chain = certificates(Part::Certificate, certificate)?;
+    let private = provider.key_provider.load_private_key(key(private)?);
+    let own = CertifiedKey::new(chain, private.map_err(|error| wrong(Part::Key, error))?);
+    // What rustls does not understand of a certificate is the other end's to judge.
+    if let Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) = own.keys_match() {
+        return Err(wrong(Part::Key, "it is not the key of the certificate"));
+    }
+    Ok(own)
 }
 
 /// What rustls says of clients' certificates, and that they were not revoked.
@@ -231,87 +252,5 @@ impl ClientCertVerifier for Verifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.web.supported_verify_schemes()
-    }
-}
-
-fn failed(error: rustls::Error) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error.to_string())
-}
-
-/// One connection.
-struct Server {
-    connection: ServerConnection,
-    wire: Wire,
-}
-
-impl Server {
-    fn new(connection: ServerConnection) -> Server {
-        Server { connection, wire: Wire::default() }
-    }
-
-    /// Takes what came as far as it is needed. Whether anything did.
-    fn take(&mut self) -> io::Result<bool> {
-        let Server { connection, wire } = self;
-        if wire.unread().is_empty() {
-            return Ok(false);
-        }
-        connection.read_tls(wire)?;
-        let processed = connection.process_new_packets();
-        self.put();
-        processed.map_err(failed)?;
-        Ok(true)
-    }
-
-    /// Puts on the wire what there is to say.
-    fn put(&mut self) {
-        let Server { connection, wire } = self;
-        while connection.wants_write() {
-            // The wire takes everything.
-            let _ = connection.write_tls(wire);
-        }
-    }
-}
-
-impl Records for Server {
-    fn wire(&mut self) -> &mut Wire {
-        &mut self.wire
-    }
-
-    fn shake_hands(&mut self) -> io::Result<bool> {
-        while self.connection.is_handshaking() && self.take()? {}
-        Ok(!self.connection.is_handshaking())
-    }
-
-    fn security(&self) -> Security {
-        let names = self.connection.peer_certificates().and_then(|chain| Names::of(chain.first()?));
-        let version = self.connection.protocol_version().and_then(|version| version.as_str()).unwrap_or_default();
-        let suite = self.connection.negotiated_cipher_suite().map(|suite| suite.suite());
-        let suite = suite.and_then(|suite| suite.as_str()).unwrap_or_default();
-        Security { summary: format!("{version} {suite}, X.509 certificates"), names }
-    }
-
-    fn seal(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let count = self.connection.writer().write_vectored(slices)?;
-        self.put();
-        Ok(count)
-    }
-
-    fn open(&mut self, slice: &mut [u8]) -> io::Result<Opened> {
-        loop {
-            match self.connection.reader().read(slice) {
-                Ok(0) => return Ok(Opened::Closed),
-                Ok(count) => return Ok(Opened::Bytes(count)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-            if !self.take()? {
-                return Ok(Opened::Starved);
-            }
-        }
-    }
-
-    fn close(&mut self) {
-        self.connection.send_close_notify();
-        self.put();
     }
 }

@@ -4,13 +4,15 @@
 //! |---|---|
 //! | `stream.rs` | a [`Transport`] over another, whatever seals and opens its records; the handshake |
 //! | `wire.rs` | sealed bytes on their way, in buffers that are given back at rest |
-//! | `certificates.rs` | the server with certificates: rustls |
+//! | `session.rs` | a connection of rustls |
+//! | `certificates.rs` | the server with certificates |
+//! | `servers.rs` | the client of servers with certificates |
 //! | `names.rs` | what certificates say of who has them; which of them were revoked |
 //! | `keys.rs` | files of pre-shared keys |
-//! | `psk.rs` | the server with pre-shared keys: OpenSSL (feature `psk`) |
+//! | `psk.rs` | server and client with pre-shared keys: OpenSSL (feature `psk`) |
 //!
-//! An [`Acceptor`] is all that a session sees: it takes the client's stream and gives another back. Whoever embeds the engine
-//! may bring one of their own.
+//! An [`Acceptor`] is all that a session sees: it takes the client's stream and gives another back; a [`Connector`] does the
+//! same for a client. Whoever embeds the engine may bring one of their own.
 
 use std::fmt;
 use std::io;
@@ -23,13 +25,16 @@ mod keys;
 mod names;
 #[cfg(feature = "psk")]
 mod psk;
+mod servers;
+mod session;
 mod stream;
 mod wire;
 
 pub use certificates::{Certificates, CertificatesError, Part, Pem};
 pub use keys::{Keys, KeysError};
 #[cfg(feature = "psk")]
-pub use psk::PreSharedKeys;
+pub use psk::{PreSharedKeys, SharedKey};
+pub use servers::{Check, ClientPem, ServerCertificates};
 
 /// What makes a client's stream secure: the server's end of a TLS handshake. Shared by all sessions.
 pub trait Acceptor: fmt::Debug + Send + Sync {
@@ -37,11 +42,18 @@ pub trait Acceptor: fmt::Debug + Send + Sync {
     ///
     /// Errors: the client is not let in, or broke the rules, or left; it has been told so, as far as that needs no waiting.
     /// Dropped before its end, the connection closes.
-    fn accept(&self, transport: Box<dyn Transport>) -> Accepting;
+    fn accept(&self, transport: Box<dyn Transport>) -> Securing;
+}
+
+/// The same at the client's end.
+pub trait Connector: fmt::Debug + Send + Sync {
+    /// Does the handshake over `transport`. Errors: the server is none that is to be trusted, or does not let the client in, or
+    /// broke the rules, or left. Dropped before its end, the connection closes.
+    fn connect(&self, transport: Box<dyn Transport>) -> Securing;
 }
 
 /// A handshake under way.
-pub type Accepting = Pin<Box<dyn Future<Output = io::Result<Box<dyn Transport>>> + Send>>;
+pub type Securing = Pin<Box<dyn Future<Output = io::Result<Box<dyn Transport>>> + Send>>;
 
 /// What is known of a stream that is secure.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,21 +1,20 @@
-//! The server's end of TLS with pre-shared keys, by OpenSSL, because rustls has none that come from outside.
+//! TLS with pre-shared keys, both ends, by OpenSSL, because rustls has none that come from outside.
 
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::sync::Arc;
 
 use openssl::dh::Dh;
 use openssl::error::ErrorStack;
 use openssl::ssl::{
     ErrorCode, Ssl, SslContext, SslContextBuilder, SslMethod, SslMode, SslOptions, SslSessionCacheMode, SslStream,
-    SslVersion,
+    SslVerifyMode, SslVersion,
 };
 
 use super::certificates::has_fast_aes;
 use super::keys::Keys;
-use super::stream::{Opened, RECORD, Records, accept};
+use super::stream::{Opened, RECORD, Records, secure};
 use super::wire::Wire;
-use super::{Accepting, Acceptor, Security};
+use super::{Acceptor, Connector, Securing, Security};
 use crate::transport::Transport;
 
 /// What is spoken by TLS 1.3. Keys from outside go with SHA-256, and only with that, where the peer does not say otherwise.
@@ -44,19 +43,72 @@ impl fmt::Debug for PreSharedKeys {
 impl PreSharedKeys {
     /// Lets in whoever has one of these keys. Errors: the library does not do what is needed, for people.
     pub fn new(keys: Keys) -> Result<PreSharedKeys, String> {
-        context(Directory::new(keys)).map(PreSharedKeys).map_err(|error| format!("OpenSSL: {error}"))
+        let directory = Directory::new(keys);
+        let context = context(SslMethod::tls_server(), |builder| {
+            builder.set_tmp_dh(&*Dh::get_2048_256()?)?;
+            builder.set_num_tickets(0)?;
+            builder.set_psk_server_callback(move |_, user, key| directory.look_up(user.unwrap_or_default(), key));
+            Ok(())
+        });
+        context.map(PreSharedKeys).map_err(|error| format!("OpenSSL: {error}"))
     }
 }
 
 impl Acceptor for PreSharedKeys {
-    fn accept(&self, transport: Box<dyn Transport>) -> Accepting {
-        let records = Ssl::new(&self.0).and_then(|ssl| SslStream::new(ssl, Wire::default()));
-        accept(records.map(Server).map_err(io::Error::from), transport)
+    fn accept(&self, transport: Box<dyn Transport>) -> Securing {
+        secure(Session::new(&self.0, SslStream::accept), transport)
     }
 }
 
-fn context(directory: Directory) -> Result<SslContext, ErrorStack> {
-    let mut builder = SslContextBuilder::new(SslMethod::tls_server())?;
+/// Goes to servers by a pre-shared key: TLS 1.2 and 1.3.
+#[derive(Clone)]
+pub struct SharedKey(SslContext);
+
+impl fmt::Debug for SharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SharedKey")
+    }
+}
+
+impl SharedKey {
+    /// As `user`, with the key that `keys` has of it. Errors: it has none; the library does not do what is needed, for people.
+    pub fn new(keys: &Keys, user: &[u8]) -> Result<SharedKey, String> {
+        let found = keys.all().iter().find(|(known, _)| known == user);
+        let Some((user, key)) = found.cloned() else {
+            return Err(format!("user {} is not in it", user.escape_ascii()));
+        };
+        let context = context(SslMethod::tls_client(), |builder| {
+            builder.set_psk_client_callback(move |_, _, place_of_user, place_of_key| {
+                // A string of C.
+                let Some((place, end)) = place_of_user.split_at_mut_checked(user.len()) else { return Ok(0) };
+                let (Some(end), Some(place_of_key)) = (end.first_mut(), place_of_key.get_mut(..key.len())) else {
+                    return Ok(0);
+                };
+                place.copy_from_slice(&user);
+                *end = 0;
+                place_of_key.copy_from_slice(&key);
+                Ok(key.len())
+            });
+            // Nobody who does not know the key gets so far.
+            builder.set_verify(SslVerifyMode::NONE);
+            Ok(())
+        });
+        context.map(SharedKey).map_err(|error| format!("OpenSSL: {error}"))
+    }
+}
+
+impl Connector for SharedKey {
+    fn connect(&self, transport: Box<dyn Transport>) -> Securing {
+        secure(Session::new(&self.0, SslStream::connect), transport)
+    }
+}
+
+/// What both ends have, and what one of them has besides.
+fn context(
+    method: SslMethod,
+    besides: impl FnOnce(&mut SslContextBuilder) -> Result<(), ErrorStack>,
+) -> Result<SslContext, ErrorStack> {
+    let mut builder = SslContextBuilder::new(method)?;
     builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
     builder.set_options(
         SslOptions::CIPHER_SERVER_PREFERENCE
@@ -70,15 +122,12 @@ fn context(directory: Directory) -> Result<SslContext, ErrorStack> {
     }
     builder.set_ciphersuites(&suites.join(":"))?;
     builder.set_cipher_list(&CIPHERS.join(":"))?;
-    builder.set_tmp_dh(&*Dh::get_2048_256()?)?;
     // Nothing to come back with: a client is asked for its key each time.
     builder.set_session_cache_mode(SslSessionCacheMode::OFF);
-    builder.set_num_tickets(0)?;
     // An idle client holds no buffers.
     builder.set_mode(SslMode::RELEASE_BUFFERS);
     builder.set_read_ahead(true);
-    let directory = Arc::new(directory);
-    builder.set_psk_server_callback(move |_, user, key| directory.look_up(user.unwrap_or_default(), key));
+    besides(&mut builder)?;
     Ok(builder.build())
 }
 
@@ -116,7 +165,21 @@ impl Directory {
 }
 
 /// One connection.
-struct Server(SslStream<Wire>);
+struct Session {
+    stream: SslStream<Wire>,
+    /// Goes on with the handshake, from this end.
+    step: fn(&mut SslStream<Wire>) -> Result<(), openssl::ssl::Error>,
+}
+
+impl Session {
+    fn new(
+        context: &SslContext,
+        step: fn(&mut SslStream<Wire>) -> Result<(), openssl::ssl::Error>,
+    ) -> io::Result<Session> {
+        let stream = SslStream::new(Ssl::new(context)?, Wire::default())?;
+        Ok(Session { stream, step })
+    }
+}
 
 /// What OpenSSL says, in one line and without what only its makers understand.
 fn failed(error: &openssl::ssl::Error) -> io::Error {
@@ -127,13 +190,13 @@ fn failed(error: &openssl::ssl::Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
-impl Records for Server {
+impl Records for Session {
     fn wire(&mut self) -> &mut Wire {
-        self.0.get_mut()
+        self.stream.get_mut()
     }
 
     fn shake_hands(&mut self) -> io::Result<bool> {
-        match self.0.accept() {
+        match (self.step)(&mut self.stream) {
             Ok(()) => Ok(true),
             Err(error) if is_hungry(&error) => Ok(false),
             Err(error) => Err(failed(&error)),
@@ -141,7 +204,7 @@ impl Records for Server {
     }
 
     fn security(&self) -> Security {
-        let ssl = self.0.ssl();
+        let ssl = self.stream.ssl();
         let cipher = ssl.current_cipher().map_or("", |cipher| cipher.name());
         Security { summary: format!("{} {cipher}, pre-shared key", ssl.version_str()), names: None }
     }
@@ -161,11 +224,11 @@ impl Records for Server {
                 &gathered[..length]
             }
         };
-        self.0.ssl_write(plain).map_err(|error| failed(&error))
+        self.stream.ssl_write(plain).map_err(|error| failed(&error))
     }
 
     fn open(&mut self, slice: &mut [u8]) -> io::Result<Opened> {
-        match self.0.ssl_read(slice) {
+        match self.stream.ssl_read(slice) {
             Ok(count) => Ok(Opened::Bytes(count)),
             Err(error) if error.code() == ErrorCode::ZERO_RETURN => Ok(Opened::Closed),
             Err(error) if is_hungry(&error) => Ok(Opened::Starved),
@@ -175,7 +238,7 @@ impl Records for Server {
 
     fn close(&mut self) {
         // Only what is put on the wire matters.
-        let _ = self.0.shutdown();
+        let _ = self.stream.shutdown();
     }
 }
 

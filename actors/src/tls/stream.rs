@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::task::{Context, Poll, Waker, ready};
 
 use super::wire::Wire;
-use super::{Accepting, Security};
+use super::{Securing, Security};
 use crate::device::Peer;
 use crate::transport::Transport;
 
@@ -56,7 +56,7 @@ pub(super) enum Opened {
 }
 
 /// Does the handshake and gives the stream.
-pub(super) fn accept<R: Records + 'static>(records: io::Result<R>, transport: Box<dyn Transport>) -> Accepting {
+pub(super) fn secure<R: Records + 'static>(records: io::Result<R>, transport: Box<dyn Transport>) -> Securing {
     Box::pin(async move {
         let mut stream = Stream::new(records?, transport);
         stream.shake_hands().await?;

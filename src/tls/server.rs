@@ -1,23 +1,18 @@
-//! Which TLS is served: the files of `--tls-certificates` and `--tls-psk`, where they are looked for, and what becomes of
-//! `--tls` where there are none. Source: nbdkit server/crypto.c, docs/nbdkit-tls.pod.
+//! What is served: the files of `--tls-certificates` and `--tls-psk`, and what becomes of `--tls` where there are none. Source: nbdkit server/crypto.c, docs/nbdkit-tls.pod.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use nbdcaptive_actors::tls::{Acceptor, Certificates, Keys, Part, Pem};
+use nbdcaptive_actors::tls::{Acceptor, Certificates, Part, Pem};
 
+#[cfg(feature = "psk")]
+use super::files::read;
+use super::files::{places, read_if_there, unreadable, warn_if_open};
 use crate::cli::{Options, Tls};
 use crate::report::Report;
 
 /// Where the certificates of a server that root starts are, unless it is said.
 pub const ROOT_CERTIFICATES: &str = "/etc/pki/nbdkit";
-/// The same for other users, below their home directory, in the order in which they are looked at.
-const HOME_CERTIFICATES: [&str; 2] = [".pki/nbdkit", ".config/pki/nbdkit"];
-/// What is read of a file at most, in bytes: a revocation list of a large authority fits.
-const MOST: u64 = 64 * 1024 * 1024;
 
 /// What clients are offered.
 #[derive(Debug)]
@@ -63,21 +58,9 @@ pub fn offer(options: &Options, report: &Report) -> Result<Offer, String> {
     Ok(off)
 }
 
-/// The directories to look in.
-fn places(options: &Options) -> Vec<PathBuf> {
-    if let Some(directory) = &options.tls_certificates {
-        return vec![directory.clone()];
-    }
-    if nix::unistd::geteuid().is_root() {
-        return vec![PathBuf::from(ROOT_CERTIFICATES)];
-    }
-    let home = std::env::var_os("HOME").map(PathBuf::from);
-    home.iter().flat_map(|home| HOME_CERTIFICATES.map(|place| home.join(place))).collect()
-}
-
 /// A server with the certificates of the first directory that has what is needed.
 fn certificates(options: &Options, report: &Report) -> Result<Option<Arc<dyn Acceptor>>, String> {
-    for directory in places(options) {
+    for directory in places(options.tls_certificates.as_deref(), "nbdkit") {
         let path = |name| directory.join(name);
         let (authorities, certificate, key) = (path("ca-cert.pem"), path("server-cert.pem"), path("server-key.pem"));
         let revoked = path("ca-crl.pem");
@@ -115,7 +98,8 @@ fn certificates(options: &Options, report: &Report) -> Result<Option<Arc<dyn Acc
 #[cfg(feature = "psk")]
 fn keys(file: &Path, report: &Report) -> Result<(Vec<u8>, Arc<dyn Acceptor>), String> {
     let text = read(file).map_err(|error| unreadable(file, &error))?;
-    let keys = Keys::parse(&text).map_err(|error| format!("--tls-psk: {}: {error}", file.display()))?;
+    let keys = nbdcaptive_actors::tls::Keys::parse(&text)
+        .map_err(|error| format!("--tls-psk: {}: {error}", file.display()))?;
     warn_if_open(file, report);
     let user = keys.users().next().unwrap_or_default().to_vec();
     let made = nbdcaptive_actors::tls::PreSharedKeys::new(keys).map_err(|error| format!("--tls-psk: {error}"))?;
@@ -125,36 +109,4 @@ fn keys(file: &Path, report: &Report) -> Result<(Vec<u8>, Arc<dyn Acceptor>), St
 #[cfg(not(feature = "psk"))]
 fn keys(_file: &Path, _report: &Report) -> Result<(Vec<u8>, Arc<dyn Acceptor>), String> {
     Err("--tls-psk: this program was built without pre-shared keys (the cargo feature \"psk\")".to_owned())
-}
-
-/// A key that everybody can read is no secret. Who has put it there may have a reason.
-fn warn_if_open(path: &Path, report: &Report) {
-    const OTHERS_READ: u32 = 0o004;
-    let is_open = path.metadata().is_ok_and(|about| about.is_file() && about.permissions().mode() & OTHERS_READ != 0);
-    if is_open {
-        let path = path.display();
-        report.warn(format_args!("warning: {path}: every user of this machine can read this secret; chmod 600 it"));
-    }
-}
-
-fn unreadable(path: &Path, error: &io::Error) -> String {
-    format!("{}: {error}", path.display())
-}
-
-/// A file's content; `None` where there is no such file that we may read.
-fn read_if_there(path: &Path) -> Option<io::Result<Vec<u8>>> {
-    match read(path) {
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => None,
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => None,
-        result => Some(result),
-    }
-}
-
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    File::open(path)?.take(MOST).read_to_end(&mut content)?;
-    if content.len() as u64 == MOST {
-        return Err(io::ErrorKind::FileTooLarge.into());
-    }
-    Ok(content)
 }
