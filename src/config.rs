@@ -241,4 +241,64 @@ mod tests {
         assert!(refused("null", Some("/x/nbdkit-cwo-filter.so")).contains("from files, did you mean 'cow'?"));
         assert_eq!(refused("/x/nbdkit-null-plugin.so", Some("/x/nbdkit-cow-filter.so")), "");
     }
+
+    /// What a parameter makes of whatever it is given is a value or an error.
+    #[test]
+    fn no_value_of_any_parameter_is_a_panic() {
+        let long = "9".repeat(5000);
+        let texts: [&[u8]; 26] = [
+            b"",
+            b"0",
+            b"1",
+            b"-1",
+            b"-",
+            b"18446744073709551616",
+            b"9223372036854775807",
+            b"1e999",
+            b"nan",
+            b"1:0",
+            b"0:1",
+            b"%",
+            b"0x",
+            b",",
+            b",,",
+            b"=",
+            b"~",
+            b"~-",
+            b"(",
+            b"@",
+            b"<",
+            b"\xff\xfe",
+            b"a\nb",
+            b"\xc3",
+            b"/dev/null/x",
+            long.as_bytes(),
+        ];
+        let names = |names: Vec<&'static str>| names.into_iter().map(OsString::from);
+        let plugins = names(plugins::ALL.iter().map(|entry| entry.about.name).collect());
+        let filters = names(filters::ALL.iter().map(|entry| entry.about.name).collect());
+        let plugins = plugins.map(|plugin| Options { plugin: Some(plugin), ..Options::default() });
+        let null = || Options { plugin: Some("null".into()), ..Options::default() };
+        let filters = filters.map(|filter| Options { filters: vec![filter], ..null() });
+        for options in plugins.chain(filters) {
+            let find = || Layers::find(&options).unwrap_or_else(|error| panic!("{error}"));
+            let about = find().about().next().map(|(_, about)| about).expect("a layer");
+            for parameter in about.parameters {
+                for text in texts {
+                    let mut layers = find();
+                    layers.plugin.1.meet(&Server::new().0);
+                    let word = [parameter.key.as_bytes(), b"=", text].concat();
+                    let word = OsStr::from_bytes(&word).to_owned();
+                    // An error may say anything, but on one line.
+                    let given = layers.give_all(&[word]);
+                    let complete = given.and_then(|()| match layers.filters.first_mut() {
+                        Some((_, filter)) => filter.config_complete(),
+                        None => layers.plugin.1.config_complete(),
+                    });
+                    let _ = complete.map_err(|error| error.to_string());
+                }
+            }
+        }
+        crate::kept::end();
+    }
 }
