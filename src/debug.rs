@@ -17,9 +17,9 @@ pub struct ServerFlags {
     pub backend_datapath: i32,
     /// Show the environment at the start.
     pub environ: i32,
-    /// How much of the TLS library's own log to show, 0 to 99.
+    /// How much of GnuTLS's own log to show, 0 to 99. Taken, so that nobody is warned of it; there is no GnuTLS here.
     pub tls_log: i32,
-    /// Show what was agreed on in a TLS handshake.
+    /// Show what was agreed on in a TLS handshake. Taken likewise: it is always shown with `-v`.
     pub tls_session: i32,
 }
 

@@ -116,7 +116,7 @@ pub fn activated() -> Result<Vec<OwnedFd>, String> {
     let number = |name: &str| {
         let value = std::env::var_os(name)?;
         // As in nbdkit: what cannot be read is not for us.
-        crate::values::unsigned(name, &value.to_string_lossy()).inspect_err(|error| Report::early().say(error)).ok()
+        crate::values::unsigned(name, &value.to_string_lossy()).inspect_err(|error| Report::early().error(error)).ok()
     };
     let Some(pid) = number("LISTEN_PID") else { return Ok(Vec::new()) };
     if pid != std::process::id() {
@@ -321,6 +321,13 @@ fn vsock(_options: &Options) -> Result<Listening, String> {
 }
 
 fn look_up(host: Option<&str>, port: &str, family: Family) -> Result<Vec<SocketAddr>, String> {
+    // The C library takes any number, and its last 16 bits for the port.
+    if port.bytes().all(|byte| byte.is_ascii_digit()) && !port.is_empty() && port.parse::<u16>().is_err() {
+        return Err(format!(
+            "getaddrinfo: {}: {port}: a TCP port is a number from 0 to 65535",
+            host.unwrap_or("<any>")
+        ));
+    }
     let hints = AddrInfoHints {
         flags: nix::libc::AI_PASSIVE,
         address: match family {
@@ -431,4 +438,37 @@ fn take_turn(path: &Path) -> Option<Flock<fs::File>> {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a socket that is made under a label would see, and what is there afterwards. A file stands in for the kernel's.
+    #[test]
+    fn a_label_is_set_while_sockets_are_made_and_not_longer() {
+        let attribute = tempfile::NamedTempFile::new().unwrap();
+        let path = attribute.path().to_str().unwrap();
+        let seen = || fs::read(path).unwrap();
+        let label = OsStr::new("system_u:object_r:svirt_socket_t:s0");
+        let made = labelled(Some(label), path, || Ok(seen())).unwrap();
+        assert_eq!(made, b"system_u:object_r:svirt_socket_t:s0\0");
+        assert!(seen().starts_with(b"\n"), "a line end takes it away again");
+        assert_eq!(labelled(Some(label), path, || Err::<(), _>("no socket".to_owned())).unwrap_err(), "no socket");
+        assert!(seen().starts_with(b"\n"), "whatever came of it");
+        let untouched = labelled(None, "/nowhere/attribute", || Ok(5));
+        assert_eq!(untouched, Ok(5));
+        let refused = labelled(Some(label), "/nowhere/attribute", || Ok(5)).unwrap_err();
+        assert!(refused.starts_with("selinux-label: setsockcreatecon_raw: No such file or directory"), "{refused}");
+    }
+
+    #[test]
+    fn a_port_has_16_bits() {
+        for port in ["65536", "99999", "18446744073709551616"] {
+            let error = look_up(None, port, Family::Any).unwrap_err();
+            assert_eq!(error, format!("getaddrinfo: <any>: {port}: a TCP port is a number from 0 to 65535"));
+        }
+        let found = look_up(Some("127.0.0.1"), "65535", Family::Any).unwrap();
+        assert!(found.iter().all(|address| address.port() == 65535) && !found.is_empty());
+    }
 }
