@@ -118,7 +118,13 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: Some('D'),
         long: &["debug"],
-        help: "Set a debug flag of a layer, or of nbdkit",
+        help: "Set a debug flag of a layer, or of nbdkit
+
+            Flags are whole numbers. With `-v`, the server's show what goes through its layers: `nbdkit.backend.controlpath` the
+            calls that open and ask them, `nbdkit.backend.datapath` those that move data; both are 1, and 0 leaves them out.
+            `nbdkit.environ=1` shows the environment at the start, `nbdkit.tls.session=1` what was agreed on in a TLS handshake.
+            Plugins and filters may have flags of their own. May be repeated.
+        ",
         effect: Effect::Value("NAME.FLAG=N", |options, value| {
             options.debug_flags.push(DebugFlag::parse(&value.to_string_lossy()).ok_or(UsageError::BadDebugFlag)?);
             Ok(())
@@ -447,7 +453,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["selinux-label"],
-        help: "The SELinux label of the listening socket",
+        help: "The SELinux label of the listening socket
+
+            For guests that libvirt confines. Without SELinux in the system it is an error.
+        ",
         effect: Effect::Value("LABEL", |options, value| {
             options.selinux_label = Some(value.to_owned());
             Ok(())
@@ -480,7 +489,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["swap"],
-        help: "Lock all memory, to serve swap space",
+        help: "Lock all memory, to serve swap space
+
+            A server whose disk the same machine swaps to must never be swapped out itself. Root may lock as much as it likes,
+            others as much as `ulimit -l` says.
+        ",
         effect: Effect::Flag(|options| options.swap = true),
     },
     OptionSpec {
@@ -515,7 +528,7 @@ pub static OPTIONS: &[OptionSpec] = &[
         long: &["tls"],
         help: "Encrypt: never, if the client wants to, always
 
-            With `on` the client decides; with `require` one that does not use TLS is shown nothing.
+            With `on` the client decides; with `require` one that does not use TLS is shown nothing. See TLS.
         ",
         effect: Effect::Value("off|on|require", |options, value| {
             let value = value.to_string_lossy();
@@ -531,7 +544,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["tls-certificates"],
-        help: "Where the server's TLS certificates are",
+        help: "Where the server's TLS certificates are
+
+            A directory with `ca-cert.pem`, `server-cert.pem` and `server-key.pem`. See TLS.
+        ",
         effect: Effect::Value("DIR", |options, value| {
             options.tls_certificates = Some(PathBuf::from(value));
             Ok(())
@@ -540,7 +556,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["tls-psk"],
-        help: "The file of pre-shared keys; it goes before DIR",
+        help: "The file of pre-shared keys; it goes before DIR
+
+            Each line is a user's name, a colon, and the key in hexadecimal, as psktool(1) makes them. See TLS.
+        ",
         effect: Effect::Value("FILE", |options, value| {
             options.tls_psk = Some(PathBuf::from(value));
             Ok(())
@@ -549,7 +568,10 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["tls-verify-peer"],
-        help: "Clients must show a certificate",
+        help: "Clients must show a certificate
+
+            One that is signed by an authority of `ca-cert.pem`. Without this option it is not asked for.
+        ",
         effect: Effect::Flag(|options| options.tls_verify_peer = true),
     },
     OptionSpec {
@@ -597,7 +619,11 @@ pub static OPTIONS: &[OptionSpec] = &[
     OptionSpec {
         short: None,
         long: &["vsock"],
-        help: "Listen for virtual machines, at port PORT",
+        help: "Listen for virtual machines, at port PORT
+
+            Instead of TCP, in the address family AF_VSOCK, which needs no network. The port is that of `-p`, 10809 unless
+            given. Not together with `-U`.
+        ",
         effect: Effect::Flag(|options| options.vsock = true),
     },
 ];

@@ -49,7 +49,7 @@ pub static ABOUT: About = About {
         # Examples
 
             nbdcaptive --filter=error memory 1M error-pread=EIO \\
-                error-pread-rate=50% error-pread-file=/tmp/fail \\
+                error-pread-rate=50% error-pread-file=fail \\
                 --run 'nbdcopy \"$uri\" null:'
         ",
     parameters: PARAMETERS,

@@ -29,8 +29,8 @@ pub static ABOUT: About = About {
 
         # Examples
 
-            nbdcaptive --filter=pause memory 1M pause-control=/tmp/pause.sock \\
-                --run 'printf pr | socat - UNIX-CONNECT:/tmp/pause.sock'
+            nbdcaptive --filter=pause memory 1M pause-control=pause.sock \\
+                --run 'printf pr | socat - UNIX-CONNECT:pause.sock'
         ",
     parameters: &[required("pause-control", "<SOCKET>", "the Unix socket to say it on; whatever is there is removed")],
     magic_key: None,

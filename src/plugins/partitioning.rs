@@ -40,7 +40,7 @@ pub static ABOUT: About = About {
         A disk with two partitions:
 
             nbdcaptive partitioning disk.img new.img \\
-                --run 'nbdcopy \"$uri\" out.img && fdisk -l out.img'
+                --run 'nbdinfo \"$uri\"'
             nbdcaptive partitioning disk.img partition-type=gpt \\
                 --run 'nbdcopy \"$uri\" out.img'
         ",

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nbdcaptive::cli::man::Manual;
@@ -11,7 +12,7 @@ use nbdcaptive::layer::About;
 use nbdcaptive::{filters, plugins};
 use nbdcaptive_actors::device::ThreadModel;
 
-use super::harness::{Room, nbdkit_differs};
+use super::harness::{Room, nbdkit_differs, server_path};
 
 /// The pages as files of the room, by the program's own word.
 fn pages(room: &Room) -> Vec<PathBuf> {
@@ -122,6 +123,51 @@ fn every_example_is_a_command_line() {
         }
     }
     assert!(examples > 20);
+}
+
+/// The examples of plugins and filters work as they stand, beside a few files of the names that they use. Those that serve
+/// until they are told to end are left to the tests of what they show.
+#[test]
+fn every_example_of_a_plugin_or_filter_works() {
+    if nbdkit_differs("its pages come apart from the program") {
+        return;
+    }
+    let room = Room::new();
+    fs::create_dir(room.path("bin")).expect("the room is empty");
+    std::os::unix::fs::symlink(server_path(), room.path("bin/nbdcaptive")).expect("there is no such file yet");
+    let path = format!("{}:/usr/bin:/usr/sbin:/bin:/sbin", room.path("bin").display());
+    let files = "mkdir images
+        truncate -s 1M disk.img && printf hello | dd of=disk.img conv=notrunc bs=4096 seek=3
+        cp disk.img new.img && cp disk.img images/one.img && cp disk.img images/two.img
+        gzip -k disk.img && xz -k disk.img && tar -cf data.tar disk.img
+        printf '0x0 + 1\\n0x0 0x80000 +\\n0x80000 0x80000 -\\n' > disk.map";
+    let mut ran = 0;
+    for page in pages(&room) {
+        let name = page.file_stem().expect("pages have names").to_string_lossy().into_owned();
+        if !name.ends_with("-plugin") && !name.ends_with("-filter") {
+            continue;
+        }
+        let text = fs::read_to_string(&page).expect("it was written");
+        let blocks = text.split("\n.EX\n").skip(1).filter_map(|rest| rest.split("\n.EE").next());
+        for block in blocks.map(unescaped) {
+            // A script that the example that follows runs.
+            if !block.contains("nbdcaptive ") {
+                let script = room.write("disk.sh", format!("#!/bin/sh\n{block}\n"));
+                fs::set_permissions(script, fs::Permissions::from_mode(0o755)).expect("it is ours");
+                continue;
+            }
+            if block.contains("nbdcaptive -f ") {
+                continue;
+            }
+            let fresh = format!("rm -rf images *.img* data.tar; {{ {files}; }} 2>/dev/null; set -e; {block}");
+            let mut launch = room.tool("bash", ["-c", &fresh]);
+            let output = launch.env("PATH", &path).run();
+            assert_eq!(output.status.code(), Some(0), "{name}: {block}: {output:?}");
+            ran += 1;
+        }
+    }
+    assert!(ran > 50, "{ran}");
+    room.assert_nothing_left();
 }
 
 /// A line of an example as it was before it was written for roff.
