@@ -204,9 +204,7 @@ impl Gate for Disk {
             Request::Flush => Ok(()),
             Request::Write { length, .. } if self.policy.disconnect > 0 && length > self.policy.disconnect.into() => {
                 self.connection.disconnect();
-                let why = "disconnecting client due to oversize write request";
-                self.connection.error(format_args!("{why}"));
-                Err(Error::failed(ErrorCode::Shutdown, why))
+                Err(Error::failed(ErrorCode::Shutdown, "disconnecting client due to oversize write request"))
             }
             Request::Read { length, offset } | Request::Write { length, offset, .. } => {
                 self.check(name, length, offset, true)

@@ -13,6 +13,8 @@ use super::harness::{Launch, Room, nbdkit};
 mod allocators;
 #[path = "layers/files.rs"]
 mod files;
+#[path = "layers/filters.rs"]
+mod filters;
 #[path = "layers/made.rs"]
 mod made;
 #[path = "layers/simple.rs"]

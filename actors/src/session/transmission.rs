@@ -84,6 +84,8 @@ pub(super) struct Transmission {
     partial: Option<Partial>,
     /// Data of a refused request that is still to come and of no use.
     skip: u64,
+    /// What is refused when all of that has come: a client that is still sending may not listen yet (libnbd gives up).
+    refusing: Option<(ReplyTo, Refusal)>,
     /// Requests that were parsed and not yet handed down.
     batch: Batch,
     listening: Listening,
@@ -192,6 +194,7 @@ impl Transmission {
             input,
             partial: None,
             skip: 0,
+            refusing: None,
             batch: Batch::new(),
             listening: Listening::Yes,
             outgoing: VecDeque::new(),
@@ -591,6 +594,11 @@ impl Transmission {
                 used = true;
                 continue;
             }
+            if let Some((to, refusal)) = self.refusing.take() {
+                self.push(to, Err(refusal), None, 0);
+                used = true;
+                continue;
+            }
             let headers = self.agreement.headers;
             let Some(header) = here.get(..headers.request_length()) else { break };
             let Some(request) = Request::parse(headers, header) else {
@@ -625,7 +633,8 @@ impl Transmission {
         let command = match checked {
             Ok(command) => command,
             Err(refusal) => {
-                self.refused += usize::from(refusal.code == ErrorCode::Shutdown);
+                let is_end = refusal.code == ErrorCode::Shutdown;
+                self.refused += usize::from(is_end);
                 // With extended headers a client knows what is too long.
                 let most = if headers == Headers::Extended { MAX_PAYLOAD } else { MAX_SKIP };
                 if payload > u64::from(most) {
@@ -633,7 +642,12 @@ impl Transmission {
                     return Err(End::Broken(why));
                 }
                 self.skip = payload;
-                self.push(to, Err(refusal), None, 0);
+                // At the end nobody waits for what may never come.
+                if is_end {
+                    self.push(to, Err(refusal), None, 0)
+                } else {
+                    self.refusing = Some((to, refusal))
+                }
                 return Ok(());
             }
         };

@@ -125,7 +125,8 @@ handle = None
 for line in sys.stdin.read().splitlines():
     name, *arguments = line.split()
     if name == "export" and handle is not None:
-        handle.shutdown()
+        if handle.aio_is_ready():
+            handle.shutdown()
         handle = None
     try:
         if name == "export":

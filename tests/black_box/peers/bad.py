@@ -42,6 +42,8 @@ for at, length in [(size - 5, 10), (size, 1), (size + 1, 1), ((1 << 63) - 1, 512
     refused("EINVAL", handle.trim, length, at)
     refused("EINVAL", handle.cache, length, at)
     refused("EINVAL", handle.block_status, length, at, extent)
+# libnbd takes no reply to a request of which it has not sent all data yet.
+refused("ENOSPC", handle.pwrite, b"x" * (8 * MIB), size - 5)
 refused("EINVAL", handle.trim, (1 << 32) - 1, 4096)
 refused("ENOSPC", handle.zero, (1 << 32) - 1, 4096)
 
