@@ -39,6 +39,10 @@ pub trait Transport: Send {
         Poll::Ready(Ok(()))
     }
 
+    /// Has the next receive look at the stream itself, and not at what was last told of it: what has just come may not have
+    /// been told yet. The default looks in any case.
+    fn look_again(&mut self) {}
+
     /// Says that fewer than `count` bytes are of no use: who can wait for so many does not wake anybody for each that comes. It
     /// holds until it is said anew, and is advice: whatever is there is received. The default takes none.
     fn await_bytes(&mut self, count: usize) {
@@ -185,6 +189,12 @@ impl Transport for Socket {
             Readiness::Reactor(source) => source.poll_readable(cx),
             Readiness::Worker(registration) if registration.readable(cx) => Poll::Ready(Ok(())),
             Readiness::Worker(_) => Poll::Pending,
+        }
+    }
+
+    fn look_again(&mut self) {
+        if let Readiness::Worker(registration) = &self.readiness {
+            registration.may_be_readable();
         }
     }
 

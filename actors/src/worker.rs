@@ -403,6 +403,11 @@ impl Registration {
         self.source.readable.store(self.source.hung_up.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
+    /// Whatever was told last: the next receive is worth trying.
+    pub(crate) fn may_be_readable(&self) {
+        self.source.readable.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn would_block_receive(&self) {
         self.source.readable.store(false, Ordering::Relaxed);
     }

@@ -14,12 +14,14 @@
 //! Source: nbdkit filters/exitwhen/exitwhen.c, filters/exitwhen/nbdkit-exitwhen-filter.pod.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_io::{Async, Timer};
 use nbdcaptive_actors::Event;
-use nbdcaptive_actors::device::{Exports, ThreadModel};
+use nbdcaptive_actors::device::{self, Client, Error, ErrorCode, Exports, ThreadModel};
+use nbdcaptive_actors::filter::{FilterExports, FilteredExports};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::kit::{optional, unknown};
@@ -85,8 +87,8 @@ pub static ABOUT: About = About {
 #[derive(Debug)]
 pub struct ExitWhen {
     files: Files,
-    processes: Vec<Process>,
-    pipes: Vec<Pipe>,
+    processes: Vec<Arc<Process>>,
+    pipes: Vec<Arc<Pipe>>,
     scripts: Vec<Script>,
     poll: Duration,
     /// What had happened before we looked.
@@ -126,7 +128,7 @@ impl ExitWhen {
         let pid = i32::try_from(number).ok().filter(|pid| *pid > 0);
         let pid = pid.ok_or_else(|| ConfigError(format!("{KEY}: not the number of a process: {text}")))?;
         match Process::take(pid).map_err(|error| ConfigError(format!("{KEY}: {error}")))? {
-            Some(process) => self.processes.push(process),
+            Some(process) => self.processes.push(Arc::new(process)),
             None => {
                 self.already.get_or_insert_with(|| format!("{KEY}: there is no process {pid}"));
             }
@@ -139,7 +141,8 @@ impl ExitWhen {
         let number = values::int(KEY, value.text(KEY)?).map_err(ConfigError)?;
         // Named twice it is the same event, and is no longer the caller's to be taken.
         if !self.pipes.iter().any(|pipe| pipe.number == number) {
-            self.pipes.push(Pipe::take(number).map_err(|error| ConfigError(format!("{KEY}: {error}")))?);
+            let pipe = Pipe::take(number).map_err(|error| ConfigError(format!("{KEY}: {error}")))?;
+            self.pipes.push(Arc::new(pipe));
         }
         Ok(())
     }
@@ -172,8 +175,8 @@ impl ExitWhen {
         if !files.is_empty() {
             events.push(Box::pin(files.happens(poll)));
         }
-        events.extend(processes.into_iter().map(|process| Box::pin(process.exits()) as Event));
-        events.extend(pipes.into_iter().map(|pipe| Box::pin(pipe.closes()) as Event));
+        events.extend(processes.into_iter().map(|process| Box::pin(async move { process.exits().await }) as Event));
+        events.extend(pipes.into_iter().map(|pipe| Box::pin(async move { pipe.closes().await }) as Event));
         events.extend(scripts.into_iter().map(|script| Box::pin(script.happens(poll)) as Event));
         events
     }
@@ -210,11 +213,50 @@ impl Filter for ExitWhen {
         // Nothing will be served, so there is nothing to look for.
         if lifetime.already.is_none() {
             lifetime.already = self.look();
-            if lifetime.already.is_none() {
-                lifetime.exit_when.extend(self.events());
-            }
         }
-        Ok(next)
+        if lifetime.already.is_some() {
+            return Ok(next);
+        }
+        let (files, processes, pipes) = (self.files.names(), self.processes.clone(), self.pipes.clone());
+        lifetime.exit_when.extend(self.events());
+        if files.is_empty() && processes.is_empty() && pipes.is_empty() {
+            return Ok(next);
+        }
+        Ok(Arc::new(FilteredExports(Door { next, files, processes, pipes })))
+    }
+}
+
+/// Keeps out whoever comes after an event that is not told yet: who made it happen and then connects is not served.
+struct Door {
+    next: Arc<dyn Exports>,
+    files: Vec<(Wanted, PathBuf)>,
+    processes: Vec<Arc<Process>>,
+    pipes: Vec<Arc<Pipe>>,
+}
+
+impl Door {
+    fn is_closed(&self) -> bool {
+        self.files.iter().any(|(wanted, path)| wanted.is_so(path))
+            || self.processes.iter().any(|process| process.has_exited())
+            || self.pipes.iter().any(|pipe| pipe.is_closed())
+    }
+}
+
+impl FilterExports for Door {
+    fn next(&self) -> &dyn Exports {
+        &*self.next
+    }
+
+    fn looks_at_clients(&self) -> bool {
+        true
+    }
+
+    fn preconnect(&self, client: &Client) -> device::Result<()> {
+        if self.is_closed() {
+            let why = "exitwhen: the server is exiting: rejecting new connection";
+            return Err(Error::failed(ErrorCode::Shutdown, why));
+        }
+        if self.next.looks_at_clients() { self.next.preconnect(client) } else { Ok(()) }
     }
 }
 

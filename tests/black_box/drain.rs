@@ -19,6 +19,29 @@ use super::raw_client::*;
 /// No test lives to see the end of this one: what ends, ends by itself.
 const NO_DRAIN_TIMEOUT: &str = "--drain-timeout=3600";
 
+/// F3: what a client sent before the signal has its answer, also where the server was not told yet that it is there.
+#[test]
+fn a_request_that_was_sent_just_before_the_signal_is_answered() {
+    for round in 0..40 {
+        let room = Room::new();
+        let slow = ["memory", "1M", "--filter=noparallel", "--filter=delay", "rdelay=50ms"];
+        let server = room.serve(if round % 2 == 0 { &slow[..2] } else { &slow[..] });
+        let mut client = server.simple();
+        let cookies: Vec<u64> =
+            (0..1 + round % 4).map(|at| client.request(NBD_CMD_READ, 0, at * 512, 512, b"")).collect();
+        server.running.signal(Signal::SIGTERM);
+        for _ in &cookies {
+            let reply = client.next_reply().expect("an answer to each");
+            assert!(
+                cookies.contains(&reply.cookie) && [NBD_SUCCESS, NBD_ESHUTDOWN].contains(&reply.error),
+                "{reply:?}"
+            );
+        }
+        client.expect_end();
+        server.running.finish().expect(0);
+    }
+}
+
 /// A client in one of the states that there are, by its number.
 fn client_in_some_state(socket: &Path, number: usize) -> Client {
     let mut client = Client::connect(socket);

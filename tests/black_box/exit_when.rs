@@ -3,7 +3,7 @@
 //! nbdkit's man pages and from that catalogue.
 
 use std::fs;
-use std::io::{PipeReader, PipeWriter, Write};
+use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
@@ -543,6 +543,27 @@ fn clients_that_are_there_are_served_after_the_event() {
     assert!(!server.running.has_ended());
     second.disconnect();
     ends_and_leaves_nothing(&room, server);
+}
+
+/// D15: "refused clients get … not a half handshake", also one that comes before the event was told.
+#[test]
+fn a_client_that_comes_right_after_the_event_is_refused() {
+    if nbdkit_differs("a client is told that it is refused") {
+        return;
+    }
+    for _ in 0..10 {
+        let room = Room::new();
+        let server = serve(&room, &["exit-when-file-created=stop"]);
+        let mut first = server.simple();
+        touch(room.path("stop"));
+        if let Ok(mut second) = UnixStream::connect(&server.socket) {
+            let mut greeting = [0; 18];
+            assert!(!matches!(second.read(&mut greeting), Ok(1..)), "it was greeted");
+        }
+        first.expect_alive();
+        first.disconnect();
+        ends_and_leaves_nothing(&room, server);
+    }
 }
 
 /// D16: "ends at the event"

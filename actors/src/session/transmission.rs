@@ -457,6 +457,10 @@ impl Transmission {
         while self.listening != Listening::No && self.may_take_more() {
             // A client that sends and sends is not listened to for ever.
             let last = self.listening == Listening::Refusing && self.requests == self.refused;
+            if last {
+                // What was there when the end was asked for gets its answer.
+                transport.look_again();
+            }
             let received = match self.poll_receive_once(cx, transport) {
                 Poll::Ready(received) => received,
                 Poll::Pending => {

@@ -274,6 +274,10 @@ impl<R: Records> Transport for Stream<R> {
         self.transport.poll_readable(cx)
     }
 
+    fn look_again(&mut self) {
+        self.transport.look_again();
+    }
+
     fn await_bytes(&mut self, count: usize) {
         // What is here of a record is part of what is awaited.
         let here = self.records.wire().unread().len();

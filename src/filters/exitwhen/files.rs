@@ -47,6 +47,16 @@ pub enum Wanted {
     Deleted,
 }
 
+impl Wanted {
+    /// Whether it is so now. What was so for a moment is told by [`Files::happens`] alone.
+    pub fn is_so(self, path: &Path) -> bool {
+        match (self, access(path, Access::READ_OK)) {
+            (Wanted::Created, found) => found.is_ok(),
+            (Wanted::Deleted, found) => matches!(found, Err(Errno::NOENT | Errno::NOTDIR)),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Target {
     wanted: Wanted,
@@ -90,6 +100,11 @@ impl Files {
     /// Waits for this, too.
     pub fn add(&mut self, wanted: Wanted, path: PathBuf) {
         self.targets.push(Target { wanted, path, complaint: None });
+    }
+
+    /// All of them.
+    pub fn names(&self) -> Vec<(Wanted, PathBuf)> {
+        self.targets.iter().map(|target| (target.wanted, target.path.clone())).collect()
     }
 
     /// Whether there is nothing to wait for.

@@ -50,7 +50,7 @@ impl Pipe {
     }
 
     /// Done when it is closed.
-    pub async fn closes(self) -> String {
+    pub async fn closes(&self) -> String {
         readable(&self.epoll, LOOK).await;
         self.line()
     }

@@ -70,7 +70,7 @@ impl Process {
     }
 
     /// Done when it has exited.
-    pub async fn exits(self) -> String {
+    pub async fn exits(&self) -> String {
         match &self.watch {
             Watch::Pidfd(pidfd) => readable(pidfd, LOOK).await,
             Watch::Stat(_) => {
