@@ -695,6 +695,30 @@ mod tests {
         command().debug_assert();
     }
 
+    /// Every name that nbdkit 1.45 has, a letter where it has one, and whether a value follows.
+    #[test]
+    fn nbdkits_options_are_all_there() {
+        const NBDKIT: &str = "4 ipv4-only|6 ipv6-only|D: debug|dump-config|dump-plugin|exit-with-parent|\
+            e: export export-name exportname|:filter|f foreground no-fork|g: group|help|i: ip-addr ipaddr|\
+            keepalive keep-alive|:log|long-options|:mask-handshake|n new-style newstyle|no-mc no-meta-contexts|\
+            no-sr no-structured-replies|o old-style oldstyle|P: pid-file pidfile|\
+            print-uri print-url show-uri show-url|p: port|r read-only readonly|:run|:selinux-label|short-options|\
+            s single stdin|swap|t: threads|:timeout time-out|:tls|:tls-certificates|:tls-psk|tls-verify-peer|U: unix|\
+            u: user|v verbose|V version|vsock";
+        for option in NBDKIT.split('|') {
+            let (letter, names) = match option.split_once(' ') {
+                Some((first, names)) if first.trim_end_matches(':').len() == 1 => (first.chars().next(), names),
+                _ => (None, option.trim_start_matches(':')),
+            };
+            let names: Vec<_> = names.split(' ').collect();
+            let spec = OPTIONS.iter().find(|spec| spec.long.contains(&names[0])).expect(names[0]);
+            assert!(names.iter().all(|name| spec.long.contains(name)), "{option}");
+            assert_eq!(spec.short, letter, "{option}");
+            let takes_value = spec.value().is_some() && !spec.value_is_optional();
+            assert_eq!(takes_value, option.contains(':'), "{option}");
+        }
+    }
+
     #[test]
     fn no_name_is_taken_twice_and_every_option_has_one() {
         let mut long = HashSet::new();
