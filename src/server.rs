@@ -223,6 +223,9 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
                     // A captive server has no stdout: it is the command's.
                     if captivity.is_some() { errand.print = text } else { print(&text) }
                 }
+                if let Some(run) = &options.run {
+                    errand.fits(run)?;
+                }
                 Source::Many(listening)
             }
         };

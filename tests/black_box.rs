@@ -11,6 +11,8 @@ mod captive;
 mod cli;
 #[path = "black_box/command.rs"]
 mod command;
+#[path = "black_box/command_lines.rs"]
+mod command_lines;
 #[path = "black_box/completion.rs"]
 mod completion;
 #[path = "black_box/data.rs"]

@@ -32,6 +32,26 @@ impl Errand {
         [&length[..], &self.print, &self.prelude].concat()
     }
 
+    /// Whether the command can be started with it. Errors: it is too long to be handed on, or, with the command, for a word that
+    /// a process may be given, as a line for people.
+    pub fn fits(&self, run: &OsStr) -> Result<(), String> {
+        /// The kernel's MAX_ARG_STRLEN, 32 pages of 4 KiB, without the NUL at the end.
+        const LONGEST_WORD: usize = 32 * 4096 - 1;
+        /// What a message of [`super::link`] says in front of it.
+        const HEAD: usize = 9;
+        let (told, word) = (HEAD + self.encode().len(), self.prelude.len() + run.len());
+        let too_long = |what: &str, length: usize, most: usize| {
+            Err(format!("--run: {what} is too long: length {length} > max {most} bytes"))
+        };
+        if told > super::link::LONGEST {
+            too_long("what the command is told of the server", told, super::link::LONGEST)
+        } else if word > LONGEST_WORD {
+            too_long("the command with its shell variables", word, LONGEST_WORD)
+        } else {
+            Ok(())
+        }
+    }
+
     fn decode(bytes: &[u8]) -> Option<Errand> {
         let (length, rest) = bytes.split_first_chunk()?;
         let (print, prelude) = rest.split_at_checked(u32::from_ne_bytes(*length) as usize)?;

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 
 /// The longest message, in bytes: the shell variables, whose names are four paths of at most 4096 bytes, quoted.
-const LONGEST: usize = 64 * 1024;
+pub(super) const LONGEST: usize = 64 * 1024;
 
 /// One end.
 #[derive(Debug)]

@@ -563,6 +563,13 @@ fn long_option(word: &OsStr) -> Result<(&'static str, &'static OptionSpec, Optio
 
 /// What follows from what was said, and what cannot be said together.
 fn finish(request: Request, options: &mut Options, current_directory: Option<&Path>) -> Result<(), UsageError> {
+    // First, because a path that cannot be is a bad value, which is one whatever is asked for.
+    if let Some(Unix::Path(path)) = &mut options.unix {
+        make_absolute(path, current_directory)?;
+    }
+    if let Some(path) = &mut options.pidfile {
+        make_absolute(path, current_directory)?;
+    }
     if options.plugin.is_none() {
         return match request {
             Request::Serve => Err(UsageError::NoPlugin),
@@ -583,12 +590,6 @@ fn finish(request: Request, options: &mut Options, current_directory: Option<&Pa
     }
     let stays = options.run.is_some() || options.single || options.exit_with_parent != ExitWithParent::No;
     options.foreground |= stays;
-    if let Some(Unix::Path(path)) = &mut options.unix {
-        make_absolute(path, current_directory)?;
-    }
-    if let Some(path) = &mut options.pidfile {
-        make_absolute(path, current_directory)?;
-    }
     Ok(())
 }
 
@@ -843,7 +844,9 @@ mod tests {
         let options = served(&["-U", "a/../s", "-P", "/p", "null"]);
         assert_eq!(options.unix, Some(Unix::Path("/here/a/../s".into())));
         assert_eq!(options.pidfile, Some("/p".into()));
-        assert_eq!(refused(&["-P", "", "null"]), "cannot convert null or empty path to an absolute path");
+        for words in [&["-P", "", "null"][..], &["--version", "-P", ""], &["-U", ""]] {
+            assert_eq!(refused(words), "cannot convert null or empty path to an absolute path");
+        }
         let nowhere = |path: &str| parse(["-U", path, "null"].map(OsString::from), None);
         assert!(nowhere("/s").is_ok());
         assert_eq!(nowhere("s"), Err(UsageError::NoCurrentDirectory("s".into())));

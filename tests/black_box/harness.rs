@@ -317,6 +317,12 @@ impl Launch {
         self
     }
 
+    /// The name that the program sees itself called by.
+    pub fn named(&mut self, name: &str) -> &mut Launch {
+        self.command.arg0(name);
+        self
+    }
+
     pub fn env(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Launch {
         self.command.env(name, value);
         self
