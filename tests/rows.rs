@@ -2,7 +2,7 @@
 //!
 //! The last column of docs/lifetimes.md names, for each row of the contract, the tests that pin it. A test pins the rows that
 //! the comment right above it names. A row without a test has a reason in that column, in parentheses, which is kept.
-//! The other pages are written by hand; each test that they name must exist.
+//! The other pages are written by hand; each test that they name must exist, and each plugin must be on the page about them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -116,8 +116,13 @@ fn every_row_of_the_contract_names_its_tests() {
     }
 }
 
+/// What a page has between back quotes.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
 /// Pages that name tests and are written by hand.
-const PAGES: [&str; 2] = ["protocol.md", "filters.md"];
+const PAGES: [&str; 3] = ["protocol.md", "plugins.md", "filters.md"];
 
 #[test]
 fn every_test_that_a_page_names_exists() {
@@ -125,8 +130,32 @@ fn every_test_that_a_page_names_exists() {
     let tests: BTreeSet<String> = tests(root).into_iter().map(|(test, _)| test).collect();
     for page in PAGES {
         let text = fs::read_to_string(root.join("docs").join(page)).expect("the page is there");
-        let named = text.split('`').skip(1).step_by(2).filter(|code| code.contains("::") && *code != "file::test");
+        let named = quoted(&text).filter(|code| code.contains("::") && *code != "file::test");
         let missing: Vec<&str> = named.filter(|test| !tests.contains(*test)).collect();
         assert_eq!(missing, Vec::<&str>::new(), "{page} names tests that do not exist");
+    }
+}
+
+/// docs/plugins.md is written by hand: a row for each plugin, in their order, which names every parameter and at least one test.
+#[test]
+fn every_plugin_has_a_row_with_all_its_parameters() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/plugins.md")).expect("the page is there");
+    let rows: Vec<Vec<&str>> = text
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
+        .collect();
+    let names: Vec<&str> = rows.iter().map(|row| row[0].trim_matches('`')).collect();
+    let plugins = nbdcaptive::plugins::ALL;
+    assert_eq!(names, plugins.iter().map(|entry| entry.about.name).collect::<Vec<_>>());
+    for (row, entry) in rows.iter().zip(plugins) {
+        let name = entry.about.name;
+        assert_eq!(row.len(), 4, "{name}");
+        let said: BTreeSet<&str> = quoted(row[1]).collect();
+        let unsaid: Vec<&str> =
+            entry.about.parameters.iter().map(|parameter| parameter.key).filter(|key| !said.contains(key)).collect();
+        assert_eq!(unsaid, Vec::<&str>::new(), "the row of {name} does not name these parameters");
+        assert!(quoted(row[3]).any(|test| test.contains("::")), "the row of {name} names no test");
     }
 }

@@ -1,4 +1,4 @@
-//! Plugins that make one disk of several files: `split`, `partitioning`.
+//! Plugins whose data is in files: `file`, `split`, `partitioning`.
 
 use std::fs;
 
@@ -197,4 +197,112 @@ fn partitioning_refuses_what_makes_no_sense() {
     let line = refusal_in(&room, &["partitioning", "large", "partition-type=mbr"]);
     assert!(line.contains("but you requested 1 partition(s) and a total size of 3298534883328 bytes"), "{line}");
     assert_eq!(refusal_in(&room, &["partitioning", "tmp"]), "tmp: Is a directory");
+}
+
+const FILE_OPERATIONS: &[&str] = &[
+    "info",
+    "list",
+    "read 16 0",
+    "read 3000 100000",
+    "write 4x11 300 fua",
+    "write 70000x22 100001",
+    "read 8 299",
+    "zero 5000 100100",
+    "zero 5000 150000 nohole",
+    "zero 10 200000 fua",
+    "trim 65536 131072",
+    "trim 3 7 fua",
+    "cache 100000 0",
+    "flush",
+    "read 300777 0",
+    "extents 300777 0",
+    "read 2 300776",
+    "write 0000 300776",
+    "zero 2 300776",
+    "trim 1 300777",
+    "cache 1 300777",
+    "export anything",
+    "read 16 300",
+];
+
+/// Data, a hole, and an end that is no multiple of anything.
+fn sparse(room: &Room, name: &str) {
+    let mut data = vec![7; 65536];
+    data[300..304].copy_from_slice(b"here");
+    fs::write(room.path(name), data).expect("the room is ours");
+    let file = fs::OpenOptions::new().write(true).open(room.path(name)).expect("it was just written");
+    file.set_len(300_777).expect("the room is ours");
+}
+
+#[test]
+fn a_file_is_served_as_by_nbdkit() {
+    let prepare = |room: &Room| sparse(room, "disk");
+    let rows: [&[&str]; 6] = [
+        &["file", "disk"],
+        &["file", "file=disk", "cache=none"],
+        &["file", "disk", "fadvise=sequential", "cache=default"],
+        &["file", "disk", "fadvise=random"],
+        &["file", "disk", "fadvise=normal"],
+        &["-r", "file", "disk"],
+    ];
+    for arguments in rows {
+        let answers = same_in(prepare, arguments, FILE_OPERATIONS);
+        assert!(answers.contains("info: 300777 "), "{answers}");
+    }
+    // A file that nobody may write.
+    let prepare = |room: &Room| {
+        sparse(room, "disk");
+        fs::create_dir(room.path("files")).expect("the room is ours");
+        sparse(room, "files/with space");
+        sparse(room, "files/second");
+        std::os::unix::fs::symlink("second", room.path("files/link")).expect("the room is ours");
+        std::os::unix::fs::symlink("/dev/null", room.path("files/null")).expect("the room is ours");
+        fs::create_dir(room.path("files/below")).expect("the room is ours");
+    };
+    let operations = [
+        "list",
+        "export second",
+        "info",
+        "read 16 300",
+        "export link",
+        "read 16 300",
+        "export null",
+        "export below",
+        "export ..",
+        "export ./second",
+        "export below/x",
+        "export /etc/passwd",
+        "export nowhere",
+        "export",
+    ];
+    same_in(prepare, &["file", "dir=files"], &operations);
+    same_in(prepare, &["-r", "file", "directory=files"], &operations);
+}
+
+#[test]
+fn file_refuses_what_makes_no_sense() {
+    let room = Room::new();
+    room.write("disk", "x");
+    for row in [
+        &["file"][..],
+        &["file", "fd=2"],
+        &["file", "fd=x"],
+        &["file", "fd=99999"],
+        &["file", "fadvise=often", "/etc/passwd"],
+        &["file", "/etc/passwd", "cache=all"],
+        &["file", "/etc/passwd", "fd=7"],
+        &["file", "dir=/etc/passwd"],
+        &["file", "/etc"],
+        &["file", "/dev/null"],
+        &["file", "/nowhere"],
+        &["file", "file="],
+    ] {
+        let line = refusal(row);
+        let output = Room::new().nbdkit_captive(row, "echo served").run_to(1);
+        let theirs = line.replace("nbdcaptive", "nbdkit");
+        // Debian's has no descriptors yet.
+        let is_newer = row.iter().any(|word| word.starts_with("fd=")) || line.contains("or fd=<FD>");
+        assert!(is_newer || output.stderr.contains(&theirs), "ours: {line}; nbdkit's: {}", output.stderr);
+    }
+    assert_eq!(refusal(&["file", "dirfd=1000"]), "dirfd is not a directory: 1000");
 }
