@@ -296,6 +296,10 @@ fn take_descriptor(number: RawFd) -> Result<OwnedFd, ConfigError> {
     let taken =
         pidfd_open(getpid(), PidfdFlags::empty()).and_then(|own| pidfd_getfd(own, number, PidfdGetfdFlags::empty()));
     let taken = taken.map_err(|error| ConfigError(format!("socket-fd={number}: {error}")))?;
+    let stat = rustix::fs::fstat(&taken).map_err(|error| ConfigError(format!("socket-fd={number}: {error}")))?;
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Socket {
+        return error(format!("socket-fd={number}: this descriptor is no socket"));
+    }
     crate::inherited::close_at_exec(number);
     Ok(taken)
 }
@@ -398,12 +402,46 @@ impl Remote {
         let mut left = self.retry;
         loop {
             let attempt = async { self.begin().await?.choose(&wishes).await.map_err(failed) };
-            match attempt.await {
+            let attempt = match attempt.await {
+                Err(error) => Err(self.why_it_failed(error).await),
+                done => done,
+            };
+            match attempt {
                 // A connection that was made by somebody else is there once.
                 Err(_) if left > 0 && !matches!(self.way, Way::Taken(_)) => left -= 1,
                 done => return done,
             }
             Timer::after(Duration::from_secs(1)).await;
+        }
+    }
+
+    /// What became of the command that was to be the server, where that says more.
+    async fn why_it_failed(&self, error: Error) -> Error {
+        let Way::Command(words) = &self.way else { return error };
+        let command = || self.command.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(pid) = *command() else { return error };
+        // It has let go of its socket, and is about to be gone if it is not.
+        let deadline = Instant::now() + LEAVE[0];
+        let ended = loop {
+            match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) if Instant::now() < deadline => {
+                    Timer::after(Duration::from_millis(1)).await;
+                }
+                Ok(WaitStatus::StillAlive) => return error,
+                ended => break ended,
+            }
+        };
+        *command() = None;
+        let name = words.first().map_or("".into(), |word| word.to_string_lossy());
+        match ended {
+            Ok(WaitStatus::Exited(_, 127)) => failed(format_args!("command: {name}: not found")),
+            Ok(WaitStatus::Exited(_, status)) => {
+                Error::failed(ErrorCode::Io, format!("{error}: {name} ended with status {status}"))
+            }
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                Error::failed(ErrorCode::Io, format!("{error}: {name} was killed by signal {}", signal as i32))
+            }
+            _ => error,
         }
     }
 
@@ -449,8 +487,8 @@ fn start(words: &[CString]) -> std::io::Result<(PathBuf, Pid)> {
     let high = fcntl(&listener, FcntlArg::F_DUPFD_CLOEXEC(10))?;
     let third = take_descriptor(high).map_err(|error| std::io::Error::other(error.0))?;
     let _ = nix::unistd::close(high);
-    // Only the process itself knows its number.
-    let become_it = c"LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"";
+    // Only the process itself knows its number. What is not there is for us to say, see `why_it_failed`.
+    let become_it = c"command -v -- \"$1\" >/dev/null 2>&1 || exit 127; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"";
     let environment: Vec<_> =
         kept::environment(&[]).into_iter().filter(|word| !word.as_bytes().starts_with(b"LISTEN_")).collect();
     let mut all: Vec<&CStr> = vec![c"sh", c"-c", become_it, c"sh"];
