@@ -70,7 +70,7 @@ pub(crate) struct Replies {
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 /// The most that is read or written at a time where an operation is emulated, in bytes: what one request may carry, so that a
 /// device for which each call is dear, a script say, is not called more often than need be. Source: nbdkit server/plugins.c.
-const MOST: u32 = MAX_PAYLOAD;
+const EMULATED: u32 = MAX_PAYLOAD;
 
 /// How requests to a device are kept apart. Source: nbdkit-plugin.pod "Threads".
 #[derive(Clone)]
@@ -678,7 +678,7 @@ fn carry_out(
                     return Err(Error::failed(ErrorCode::Io, "the device described no extent"));
                 }
                 left -= 1;
-                to.block_status(out, context, &extents, left == 0);
+                to.block_status(out, context, &extents, agreement.size, left == 0);
             }
             return Ok(());
         }
@@ -762,7 +762,7 @@ pub(crate) fn read_through(
 
 /// How much is read or written at a time: no more than there is to do, nor than the device takes.
 fn most(offered: &Capabilities, length: u64) -> usize {
-    let taken = offered.block_size.map_or(MOST, |size| size.maximum.max(size.minimum).min(MOST));
+    let taken = offered.block_size.map_or(EMULATED, |size| size.maximum.max(size.minimum).min(EMULATED));
     length.min(u64::from(taken)) as usize
 }
 

@@ -25,13 +25,15 @@ pub struct Extents {
     length: u64,
     one: bool,
     described: u64,
+    /// How far the last extent goes on behind the range.
+    beyond: u64,
     list: Vec<Extent>,
 }
 
 impl Extents {
     /// Asks for the map of `length` bytes at `offset`; with `one` (`NBD_CMD_FLAG_REQ_ONE`) only for its first extent.
     pub fn new(offset: u64, length: u64, one: bool) -> Extents {
-        Extents { offset, length, one, described: 0, list: Vec::new() }
+        Extents { offset, length, one, described: 0, beyond: 0, list: Vec::new() }
     }
 
     /// Where the range starts, in bytes from the start of the export.
@@ -55,7 +57,8 @@ impl Extents {
     /// An extent that leaves a gap is not taken: the map then ends before the gap.
     pub fn add(&mut self, offset: u64, length: u64, flags: u64) -> bool {
         let next = self.offset + self.described;
-        let end = offset.saturating_add(length).min(self.offset.saturating_add(self.length));
+        let whole_end = offset.saturating_add(length);
+        let end = whole_end.min(self.offset.saturating_add(self.length));
         if offset > next {
             return false;
         }
@@ -70,12 +73,25 @@ impl Extents {
             _ => self.list.push(Extent { length: fresh, flags }),
         }
         self.described += fresh;
+        self.beyond = whole_end - end;
         self.described < self.length
     }
 
-    /// The map so far.
+    /// The map so far, of what was asked for.
     pub fn list(&self) -> &[Extent] {
         &self.list
+    }
+
+    /// The map for a client: unless it wants one extent only, the last may go on behind what it asked for, and saves it the next
+    /// question, but not behind the export's `size`.
+    pub(crate) fn answer(&self, size: u64) -> impl ExactSizeIterator<Item = Extent> {
+        let end = self.offset.saturating_add(self.length);
+        let beyond = if self.one { 0 } else { self.beyond.min(size.saturating_sub(end)) };
+        let last = self.list.len().saturating_sub(1);
+        self.list.iter().enumerate().map(move |(number, extent)| {
+            let length = if number == last { extent.length + beyond } else { extent.length };
+            Extent { length, ..*extent }
+        })
     }
 }
 
@@ -100,6 +116,24 @@ mod tests {
         assert!(extents.add(10, 10, 0));
         assert!(!extents.add(20, 10, ZERO));
         assert_eq!(extents.list(), [Extent { length: 20, flags: 0 }]);
+    }
+
+    #[test]
+    fn the_last_may_tell_more_than_was_asked_for() {
+        let answer = |one, size| {
+            let mut extents = Extents::new(100, 50, one);
+            extents.add(90, 20, 0);
+            extents.add(110, 1000, ZERO);
+            extents.add(1110, 10, 0);
+            extents.answer(size).map(|extent| extent.length).collect::<Vec<_>>()
+        };
+        assert_eq!(answer(false, 10_000), [10, 1000]);
+        assert_eq!(answer(false, 200), [10, 90]);
+        assert_eq!(answer(false, 150), [10, 40]);
+        assert_eq!(answer(true, 10_000), [10]);
+        let mut whole = Extents::new(0, 10, true);
+        whole.add(0, 100, 0);
+        assert_eq!(whole.answer(100).map(|extent| extent.length).collect::<Vec<_>>(), [10]);
     }
 
     #[test]

@@ -26,6 +26,7 @@ pub mod multi_conn;
 pub(crate) mod next;
 pub mod nocache;
 pub mod noextents;
+pub mod nofilter;
 pub mod noparallel;
 pub mod nozero;
 pub mod offset;
@@ -82,6 +83,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &multi_conn::ABOUT, new: || Box::<multi_conn::MultiConn>::default() },
     Entry { about: &nocache::ABOUT, new: || Box::<nocache::NoCache>::default() },
     Entry { about: &noextents::ABOUT, new: || Box::new(noextents::NoExtents) },
+    Entry { about: &nofilter::ABOUT, new: || Box::new(nofilter::NoFilter) },
     Entry { about: &noparallel::ABOUT, new: || Box::<noparallel::NoParallel>::default() },
     Entry { about: &nozero::ABOUT, new: || Box::<nozero::NoZero>::default() },
     Entry { about: &offset::ABOUT, new: || Box::<offset::Offset>::default() },

@@ -541,3 +541,57 @@ fn the_last_method_is_unload() {
     assert_eq!(lines[lines.len() - 2..], ["close", "unload"], "{text}");
     room.assert_nothing_left();
 }
+
+/// What the raw client of libnbd prints of `base:allocation`, question by question.
+fn statuses(room: &Room, arguments: &[&str], questions: &str) -> String {
+    let script = format!(
+        "import sys, nbd\nh = nbd.NBD()\nh.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)\nh.connect_uri(sys.argv[1])\n\
+         def ask(*question):\n    h.block_status(*question[:2], lambda context, offset, extents, error: print(extents), *question[2:])\n\
+         {questions}"
+    );
+    room.write("ask.py", script);
+    let output = room.captive(arguments, "/usr/bin/python3 ask.py \"$uri\"").run_to(0);
+    room.assert_nothing_left();
+    output.text().to_owned()
+}
+
+/// What is cut off an extent that is too long leaves it aligned. Source: nbdkit's tests/test-eval-extents.sh.
+#[test]
+fn an_extent_that_is_too_long_for_a_compact_reply_ends_the_map_on_a_border() {
+    let arguments = [
+        "eval",
+        "get_size=echo 5G",
+        "pread=dd if=/dev/zero count=$3 iflag=count_bytes",
+        "extents=echo 0 4G 1; echo 4G 1G 2",
+    ];
+    let room = Room::new();
+    let questions = "ask(2**32-1, 2)\nask(2**32-1, 1)\nask(2**32-1, 0)\nask(2**32-1, 0, nbd.CMD_FLAG_REQ_ONE)\n";
+    assert_eq!(
+        statuses(&room, &arguments, questions),
+        "[4294901760, 1]\n[4294901760, 1]\n[4294901760, 1]\n[4294967295, 1]\n"
+    );
+}
+
+#[test]
+fn the_last_extent_tells_all_that_the_device_said_and_no_more_than_the_export_has() {
+    let arguments = ["eval", "get_size=echo 1M", "pread=exit 1", "extents=echo 0 4096; echo 4096 8M hole,zero"];
+    let room = Room::new();
+    let questions =
+        "ask(512, 512)\nask(8192, 0)\nask(8192, 0, nbd.CMD_FLAG_REQ_ONE)\nask(512, 8192, nbd.CMD_FLAG_REQ_ONE)\n";
+    assert_eq!(statuses(&room, &arguments, questions), "[3584, 0]\n[4096, 0, 1044480, 3]\n[4096, 0]\n[512, 3]\n");
+}
+
+/// A client that waits for the end of the stream knows that the device is closed.
+#[test]
+fn the_stream_ends_after_the_device_has_closed() {
+    let room = Room::new();
+    let close = "close=while ! test -e go; do sleep 0.1; done; touch closed";
+    let wait = "import sys, nbd\nh = nbd.NBD()\nh.connect_uri(sys.argv[1])\nopen('go', 'w')\nh.shutdown()\n";
+    room.write("wait.py", wait);
+    room.captive(
+        ["eval", "get_size=echo 1M", "pread=exit 1", close],
+        "/usr/bin/python3 wait.py \"$uri\" && test -e closed",
+    )
+    .run_to(0);
+    room.assert_nothing_left();
+}

@@ -969,7 +969,7 @@ mod tests {
             assert_eq!(replied(headers, error).1, Some(full));
             let read = replied(headers, |reply, out| reply.read(out, 4096)).1;
             assert_eq!(read, Some(Body::Data { offset: 512, length: 4096 }));
-            let status = replied(headers, |reply, out| reply.block_status(out, 0, &extents, true)).1;
+            let status = replied(headers, |reply, out| reply.block_status(out, 0, &extents, 1 << 40, true)).1;
             let extents = vec![Extent { length: 4096, status: 3 }];
             assert_eq!(status, Some(Body::BlockStatus { context: Contexts::id(0), extents }));
         }

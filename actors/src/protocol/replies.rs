@@ -14,6 +14,9 @@ pub const CHUNK_HEADER: usize = 20;
 pub const EXTENDED_CHUNK_HEADER: usize = 32;
 /// From here on zeroes are worth a chunk of their own, in bytes: it takes 32 or 44.
 const HOLE_WORTH: usize = 4096;
+/// The longest extent of a compact reply, in bytes: what is cut off there is still aligned to every block size that can be
+/// agreed on. Source: nbdkit server/protocol.c `extents_to_block_descriptors`.
+const LONGEST_EXTENT: u32 = 0xffff_0000;
 
 /// Which request a reply is for, and how it looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,14 +139,14 @@ impl ReplyTo {
         }
     }
 
-    /// Appends the extents of number `context`, the `last` of a reply or not. Those for compact requests are at most 2^32 - 1
-    /// bytes long, as the requests are.
-    pub fn block_status(&self, out: &mut Segments, context: u32, extents: &Extents, last: bool) {
+    /// Appends the extents of number `context` of an export of `size` bytes, the `last` of a reply or not. For a compact request
+    /// an extent that is too long for it ends the map.
+    pub fn block_status(&self, out: &mut Segments, context: u32, extents: &Extents, size: u64, last: bool) {
         let flags = if last { NBD_REPLY_FLAG_DONE } else { 0 };
-        let list = extents.list();
-        // There are at most MAX_EXTENTS of them.
-        let count = list.len() as u32;
+        let list = extents.answer(size);
         if self.headers == Headers::Extended {
+            // There are at most MAX_EXTENTS of them.
+            let count = list.len() as u32;
             self.chunk(out, flags, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, 8 + 16 * count);
             out.extend(&Contexts::id(context).to_be_bytes());
             out.extend(&count.to_be_bytes());
@@ -152,7 +155,14 @@ impl ReplyTo {
                 out.extend(&extent.flags.to_be_bytes());
             }
         } else {
-            self.chunk(out, flags, NBD_REPLY_TYPE_BLOCK_STATUS, 4 + 8 * count);
+            let mut list: Vec<_> = list.collect();
+            if let Some(long) =
+                list.iter().position(|extent| extent.length > u64::from(LONGEST_EXTENT) && !extents.one())
+            {
+                list.truncate(long + 1);
+                list[long].length = u64::from(LONGEST_EXTENT);
+            }
+            self.chunk(out, flags, NBD_REPLY_TYPE_BLOCK_STATUS, 4 + 8 * list.len() as u32);
             out.extend(&Contexts::id(context).to_be_bytes());
             for extent in list {
                 out.extend(&(extent.length as u32).to_be_bytes());

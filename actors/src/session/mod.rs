@@ -273,7 +273,12 @@ async fn attend(
         let input = std::mem::take(&mut input);
         match Box::pin(spell(&mut backend, input, transport, surroundings, connection, speaker)).await {
             Spell::Rests => {}
-            Spell::Ended(end) => return (end, Box::pin(backend.close()).await),
+            // The stream ends after the device has closed: a client that waits for it to end knows all to be done.
+            Spell::Ended(end, parting) => {
+                let closed = Box::pin(backend.close()).await;
+                Box::pin(transmission::part(transport, surroundings, parting)).await;
+                return (end, closed);
+            }
         }
     }
 }

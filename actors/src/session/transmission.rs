@@ -52,8 +52,7 @@ const AWAITED: usize = 128 * 1024;
 /// How long a client asks for nothing until it rests, at least, and at most twice as long. Long beside the microseconds that
 /// the next spell takes to begin, and short where thousands of clients come one after another.
 const LULL: Duration = Duration::from_millis(250);
-/// How many receives at the end of a session are given to what the client has sent in vain. On TCP a close with bytes unread
-/// resets the connection, and the last replies could be lost with it.
+/// How many receives at the end of a session are given to what the client has sent in vain.
 const FAREWELLS: usize = 64;
 /// What an extent takes in the answer to a block status, at most, in bytes.
 const EXTENT: usize = 16;
@@ -120,8 +119,44 @@ enum Over {
 pub(super) enum Spell {
     /// It has asked for nothing for a while, and is owed nothing.
     Rests,
-    /// The session has ended.
-    Ended(End),
+    /// The session has ended; how to take leave of the client once the device has closed.
+    Ended(End, Parting),
+}
+
+/// How to take leave of a client.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Parting {
+    /// It is gone, or does not follow the protocol.
+    Lost,
+    /// All that it sent was heard.
+    Heard,
+    /// It may have sent more, in vain.
+    Unheard,
+}
+
+/// Says to the client that nothing more will come. What it has sent in vain is read over, as far as it is there: on TCP a close
+/// with bytes unread resets the connection, and the last replies could be lost with it.
+pub(super) async fn part(transport: &mut dyn Transport, surroundings: &Surroundings, parting: Parting) {
+    if parting != Parting::Lost {
+        // A client that takes nothing does not hear it.
+        let told = poll_fn(|cx| transport.poll_finish(cx));
+        or(told, async { surroundings.world.after(STALL).await }).await;
+    }
+    transport.finish();
+    if parting != Parting::Unheard {
+        return;
+    }
+    let mut buffer = surroundings.buffers.receive();
+    for _ in 0..FAREWELLS {
+        let received = poll_fn(|cx| match transport.poll_receive(cx, &mut [IoSliceMut::new(&mut buffer)]) {
+            Poll::Ready(received) => Poll::Ready(received.unwrap_or(0)),
+            Poll::Pending => Poll::Ready(0),
+        });
+        if received.await == 0 {
+            break;
+        }
+    }
+    surroundings.buffers.give_back(buffer);
 }
 
 struct Partial {
@@ -219,16 +254,12 @@ impl Transmission {
             return Spell::Rests;
         }
         self.connection.end();
-        if over.is_ok() {
-            // A client that takes nothing does not hear it.
-            let told = poll_fn(|cx| transport.poll_finish(cx));
-            or(told, async { self.world.after(STALL).await }).await;
-        }
-        transport.finish();
-        if self.draining && over.is_ok() {
-            self.read_over(transport).await;
-        }
-        Spell::Ended(match over {
+        let parting = match (&over, self.draining) {
+            (Err(_), _) => Parting::Lost,
+            (Ok(_), false) => Parting::Heard,
+            (Ok(_), true) => Parting::Unheard,
+        };
+        let end = match over {
             Ok(_) if orders.is_draining() => End::Drained,
             Ok(_) => End::Disconnected,
             Err(end) => {
@@ -237,7 +268,8 @@ impl Transmission {
                 }
                 end
             }
-        })
+        };
+        Spell::Ended(end, parting)
     }
 
     fn poll(
@@ -302,21 +334,6 @@ impl Transmission {
         }
         let patience = self.patience.get_or_insert_with(|| Box::new(self.world.after(STALL)));
         Pin::new(&mut **patience).poll(cx)
-    }
-
-    /// Reads what the client has sent in vain, as far as it is there.
-    async fn read_over(&mut self, transport: &mut dyn Transport) {
-        let mut buffer = self.buffers.receive();
-        for _ in 0..FAREWELLS {
-            let received = poll_fn(|cx| match transport.poll_receive(cx, &mut [IoSliceMut::new(&mut buffer)]) {
-                Poll::Ready(received) => Poll::Ready(received.unwrap_or(0)),
-                Poll::Pending => Poll::Ready(0),
-            });
-            if received.await == 0 {
-                break;
-            }
-        }
-        self.buffers.give_back(buffer);
     }
 
     /// Takes replies from the Backend. Whether there were any.

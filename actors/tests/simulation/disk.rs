@@ -74,8 +74,8 @@ struct Ticket {
     began: u64,
 }
 
-/// The most that is written or read at a time where zeroes or caching are emulated: `ZEROES` in `backend.rs`.
-const PIECE: u64 = 64 << 10;
+/// The most that is written or read at a time where zeroes or caching are emulated: `EMULATED` in `backend.rs`.
+const PIECE: u64 = 64 << 20;
 
 impl Universe {
     /// The request that this call is for: among those that the server has and that no call was made for.
