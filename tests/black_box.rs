@@ -65,5 +65,7 @@ mod soak;
 mod sparse_reads;
 #[path = "black_box/terminal.rs"]
 mod terminal;
+#[path = "black_box/tls.rs"]
+mod tls;
 #[path = "black_box/user.rs"]
 mod user;

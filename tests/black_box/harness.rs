@@ -74,6 +74,7 @@ pub fn tool(name: &str) -> PathBuf {
         "systemd-socket-activate" => "systemd",
         "man" => "man-db",
         "groff" => "groff-base",
+        "certtool" | "psktool" | "gnutls-cli" => "gnutls-bin",
         other => other,
     };
     let found = SYSTEM.iter().map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
@@ -330,6 +331,11 @@ impl Launch {
 
     pub fn stdin(&mut self, stdin: impl Into<Stdio>) -> &mut Launch {
         self.command.stdin(stdin);
+        self
+    }
+
+    pub fn stdout(&mut self, stdout: impl Into<Stdio>) -> &mut Launch {
+        self.command.stdout(stdout);
         self
     }
 
