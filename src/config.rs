@@ -77,7 +77,13 @@ impl Layers {
     pub fn dump(&mut self, parameters: &[OsString]) -> Result<(ThreadModel, Vec<u8>), ConfigError> {
         self.plugin.1.meet(&Server::new().0);
         self.give_all(parameters)?;
-        let (model, lines) = self.plugin.1.dump()?;
+        let (model, own) = self.plugin.1.dump()?;
+        let mut lines = Vec::new();
+        for callback in self.plugin.1.callbacks().split_whitespace() {
+            lines.extend([b"has_", callback.as_bytes(), b"=1\n"].concat());
+        }
+        self.plugin.0.dump.iter().for_each(|(key, value)| lines.extend(format!("{key}={value}\n").into_bytes()));
+        lines.extend(own);
         let filters = self.filters.iter().map(|(about, filter)| filter.thread_model().unwrap_or(about.thread_model));
         let strictest = filters.fold(model.unwrap_or(self.plugin.0.thread_model), ThreadModel::min);
         Ok((strictest, lines))

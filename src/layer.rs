@@ -135,6 +135,12 @@ pub trait Plugin {
         Vec::new()
     }
 
+    /// The callbacks that nbdkit's plugin of the same name has, in nbdkit's order and with a space between: what `has_…` of
+    /// `--dump-plugin` says, where scripts look for what a plugin can do.
+    fn callbacks(&self) -> &'static str {
+        ""
+    }
+
     /// Whether `config` takes keys that are not in [`About::parameters`] too, and says itself which it does not know.
     fn takes_other_keys(&self) -> bool {
         false

@@ -153,7 +153,8 @@ fn dump_plugin(kind: &str, about: &About, model: ThreadModel) -> Vec<u8> {
         line("max_thread_model", name(about.thread_model));
         line("thread_model", name(model));
         about.magic_key.iter().for_each(|key| line("magic_config_key", key));
+    } else {
+        about.dump.iter().for_each(|(key, value)| line(key, value));
     }
-    about.dump.iter().for_each(|(key, value)| line(key, value));
     text
 }

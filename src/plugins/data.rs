@@ -103,6 +103,11 @@ pub struct Data {
 }
 
 impl Plugin for Data {
+    fn callbacks(&self) -> &'static str {
+        "unload dump_plugin config config_complete config_help get_ready open get_size block_size \
+         can_fast_zero can_fua can_multi_conn can_cache pread pwrite flush trim zero extents"
+    }
+
     fn takes_other_keys(&self) -> bool {
         true
     }

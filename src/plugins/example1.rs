@@ -81,6 +81,10 @@ fn boot_sector() -> [u8; SECTOR] {
 pub struct Example1;
 
 impl Plugin for Example1 {
+    fn callbacks(&self) -> &'static str {
+        "load open get_size pread"
+    }
+
     fn config(&mut self, _key: &str, _value: Value<'_>) -> Result<(), ConfigError> {
         Err(ConfigError("example1: this plugin does not need command line configuration".to_owned()))
     }

@@ -159,6 +159,12 @@ impl Default for File {
 }
 
 impl Plugin for File {
+    fn callbacks(&self) -> &'static str {
+        "longname unload dump_plugin config config_complete config_help list_exports open close get_size \
+         block_size can_write is_rotational can_trim can_extents can_fua can_multi_conn can_cache pread \
+         pwrite flush trim zero extents cache"
+    }
+
     fn debug_flags(&mut self) -> Vec<Flag<'_>> {
         vec![("zero", &mut self.debug_zero)]
     }

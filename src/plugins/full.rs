@@ -38,6 +38,11 @@ pub struct Full {
 }
 
 impl Plugin for Full {
+    fn callbacks(&self) -> &'static str {
+        "config config_complete config_help open get_size can_multi_conn can_cache pread pwrite trim \
+         extents"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "size" => self.size = Some(values::size(value.text(key)?).map_err(ConfigError)?),

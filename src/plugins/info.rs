@@ -64,6 +64,10 @@ impl Default for Info {
 }
 
 impl Plugin for Info {
+    fn callbacks(&self) -> &'static str {
+        "load dump_plugin config config_help open close get_size can_multi_conn can_cache pread"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         if key != "mode" {
             return Err(ConfigError(format!("unknown parameter '{key}'")));

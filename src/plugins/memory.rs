@@ -80,6 +80,11 @@ pub(super) enum Allocator {
 }
 
 impl Plugin for Memory {
+    fn callbacks(&self) -> &'static str {
+        "unload dump_plugin config config_complete config_help get_ready open get_size block_size \
+         can_fast_zero can_fua can_multi_conn can_cache pread pwrite flush trim zero extents"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "size" => self.size = Some(values::size(value.text(key)?).map_err(ConfigError)?),

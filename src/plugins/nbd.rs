@@ -152,6 +152,13 @@ impl Nbd {
 }
 
 impl Plugin for Nbd {
+    fn callbacks(&self) -> &'static str {
+        "longname unload dump_plugin config config_complete config_help after_fork list_exports \
+         default_export open close export_description get_size block_size can_write can_flush \
+         is_rotational can_trim can_zero can_fast_zero can_extents can_fua can_multi_conn can_cache pread \
+         pwrite flush trim zero extents cache"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         let boolean = || values::boolean(value.text(key)?).map_err(ConfigError);
         match key {

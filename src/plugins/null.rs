@@ -40,6 +40,11 @@ pub struct Null {
 }
 
 impl Plugin for Null {
+    fn callbacks(&self) -> &'static str {
+        "config config_help open get_size can_fast_zero can_fua can_multi_conn can_cache pread pwrite \
+         flush trim zero extents"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "size" => self.size = values::size(value.text(key)?).map_err(ConfigError)?,

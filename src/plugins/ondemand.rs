@@ -79,6 +79,11 @@ pub struct OnDemand {
 }
 
 impl Plugin for OnDemand {
+    fn callbacks(&self) -> &'static str {
+        "unload config config_complete config_help get_ready list_exports default_export open close \
+         get_size can_trim can_fua can_multi_conn pread pwrite flush trim"
+    }
+
     fn takes_other_keys(&self) -> bool {
         true
     }

@@ -156,6 +156,11 @@ fn error<T>(line: impl Into<String>) -> Result<T, ConfigError> {
 }
 
 impl Plugin for Partitioning {
+    fn callbacks(&self) -> &'static str {
+        "load unload config config_complete config_help get_ready open get_size can_multi_conn can_cache \
+         pread pwrite flush"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "file" => self.add(value)?,

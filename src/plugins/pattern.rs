@@ -44,6 +44,10 @@ pub struct Pattern {
 }
 
 impl Plugin for Pattern {
+    fn callbacks(&self) -> &'static str {
+        "config config_help open get_size can_multi_conn can_cache pread"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "size" => self.size = values::size(value.text(key)?).map_err(ConfigError)?,

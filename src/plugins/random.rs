@@ -49,6 +49,10 @@ pub struct Random {
 }
 
 impl Plugin for Random {
+    fn callbacks(&self) -> &'static str {
+        "load config config_help open get_size can_multi_conn can_cache pread pwrite trim zero"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "size" => self.size = values::size(value.text(key)?).map_err(ConfigError)?,

@@ -59,7 +59,7 @@ pub static ABOUT: About = About {
     }],
     magic_key: Some("script"),
     thread_model: ThreadModel::Parallel,
-    dump: &[("has_thread_model", "1")],
+    dump: &[],
 };
 
 /// The longest script that is read from stdin, in bytes.
@@ -122,6 +122,13 @@ impl Sh {
 }
 
 impl Plugin for Sh {
+    fn callbacks(&self) -> &'static str {
+        "load unload dump_plugin config config_complete config_help thread_model get_ready after_fork \
+         preconnect list_exports default_export open close export_description get_size block_size \
+         can_write can_flush is_rotational can_trim can_zero can_fast_zero can_extents can_fua \
+         can_multi_conn can_cache pread pwrite flush trim zero extents cache"
+    }
+
     fn meet(&mut self, server: &Server) {
         self.server = Some(server.clone());
     }

@@ -92,6 +92,11 @@ impl Default for SparseRandom {
 }
 
 impl Plugin for SparseRandom {
+    fn callbacks(&self) -> &'static str {
+        "load unload config config_help get_ready open get_size block_size can_multi_conn can_cache pread \
+         pwrite flush trim zero extents"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         let text = value.text(key)?;
         match key {

@@ -45,6 +45,10 @@ pub struct Split {
 }
 
 impl Plugin for Split {
+    fn callbacks(&self) -> &'static str {
+        "unload config config_help open close get_size can_cache pread pwrite extents cache"
+    }
+
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
         match key {
             "file" => self.files.push(file::real_path(value)?),

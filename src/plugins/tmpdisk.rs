@@ -44,6 +44,11 @@ pub struct TmpDisk {
 }
 
 impl Plugin for TmpDisk {
+    fn callbacks(&self) -> &'static str {
+        "load unload config config_complete config_help open close get_size can_trim can_fua \
+         can_multi_conn pread pwrite flush trim"
+    }
+
     fn takes_other_keys(&self) -> bool {
         true
     }

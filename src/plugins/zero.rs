@@ -31,6 +31,10 @@ pub static ABOUT: About = About {
 pub struct Zero;
 
 impl Plugin for Zero {
+    fn callbacks(&self) -> &'static str {
+        "open get_size can_multi_conn can_cache pread"
+    }
+
     fn config(&mut self, key: &str, _value: Value<'_>) -> Result<(), ConfigError> {
         Err(ConfigError(format!("unknown parameter '{key}'")))
     }

@@ -471,6 +471,25 @@ mod as_nbdkit {
         assert_eq!(output.text(), "");
     }
 
+    /// Programs look there for what a plugin can do: libnbd's tests for `has_list_exports=1` of the sh plugin.
+    #[test]
+    fn what_a_plugin_has_is_said_by_dump_plugin() {
+        let room = Room::new();
+        for (plugin, says) in [
+            ("sh", &["has_list_exports=1", "has_can_cache=1", "has_thread_model=1"][..]),
+            ("eval", &["has_list_exports=1", "has_extents=1"]),
+            ("memory", &["has_pwrite=1", "mlock=yes"]),
+        ] {
+            let output = called(&room, "nbdkit", &[plugin, "--dump-plugin"]).run_to(0);
+            let lines: Vec<_> = output.text().lines().collect();
+            for line in says {
+                assert_eq!(lines.iter().filter(|one| *one == line).count(), 1, "{line}: {output:#?}");
+            }
+        }
+        let output = called(&room, "nbdkit", &["zero", "--dump-plugin"]).run_to(0);
+        assert!(!output.text().contains("has_pwrite"), "{output:#?}");
+    }
+
     /// nbdkit-probing(1): "List all plugins in the plugin directory", "Detect if a plugin is installed", "Detect if a filter is
     /// installed"
     #[test]
