@@ -200,7 +200,7 @@ impl Ready {
 }
 
 /// Who runs this: `$LOGNAME`, which a person may change, or the name of the user that we are.
-#[cfg_attr(not(feature = "psk"), expect(dead_code, reason = "only keys have users"))]
+#[cfg_attr(not(feature = "psk"), allow(dead_code, reason = "only keys have users"))]
 fn user() -> io::Result<Vec<u8>> {
     if let Some(name) = std::env::var_os("LOGNAME") {
         return Ok(name.into_vec());

@@ -84,7 +84,7 @@ impl Keys {
     }
 
     /// Users and keys, in the order of the file. Of a user that is there twice, the first counts.
-    #[cfg_attr(not(feature = "psk"), expect(dead_code, reason = "who is served with keys is not built"))]
+    #[cfg_attr(not(feature = "psk"), allow(dead_code, reason = "who is served with keys is not built"))]
     pub(super) fn all(&self) -> &[(Vec<u8>, Vec<u8>)] {
         &self.0
     }

@@ -152,6 +152,17 @@ impl<R: Records> Stream<R> {
         Poll::Ready(Ok(gone))
     }
 
+    /// Hands on what is sealed until some of the bytes that were to be sent are gone. None, if there are none.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        while self.ahead > 0 {
+            let gone = ready!(self.poll_hand_on(cx))?;
+            if gone > 0 {
+                return Poll::Ready(Ok(gone));
+            }
+        }
+        Poll::Ready(Ok(0))
+    }
+
     /// Hands on all that is sealed and belongs to nobody: what the TLS library has to say by itself.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.records.wire().unsent().is_empty() {
@@ -177,9 +188,8 @@ impl<R: Records> Stream<R> {
         self.ahead += plain;
     }
 
-    /// Seals from the front of `slices`, up to a limit.
-    fn seal(&mut self, slices: &[IoSlice<'_>]) -> io::Result<()> {
-        let mut skip = self.ahead;
+    /// Seals from `slices` without their first `skip` bytes, up to a limit.
+    fn seal(&mut self, slices: &[IoSlice<'_>], mut skip: usize) -> io::Result<()> {
         let mut left = SEAL;
         let mut few: [IoSlice<'_>; SLICES] = [IoSlice::new(&[]); SLICES];
         let mut count = 0;
@@ -285,19 +295,10 @@ impl<R: Records> Transport for Stream<R> {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        loop {
-            if self.ahead < SEAL {
-                self.seal(slices)?;
-            }
-            if self.records.wire().unsent().is_empty() {
-                // There is nothing in the slices.
-                return Poll::Ready(Ok(0));
-            }
-            let gone = ready!(self.poll_hand_on(cx))?;
-            if gone > 0 {
-                return Poll::Ready(Ok(gone));
-            }
+        if self.ahead < SEAL {
+            self.seal(slices, self.ahead)?;
         }
+        self.poll_gone(cx)
     }
 
     fn poll_send_file(
@@ -307,20 +308,20 @@ impl<R: Records> Transport for Stream<R> {
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        // What is sealed already is not read again: only its length counts.
+        // What is sealed already is not read again.
         let length = length.min(SEAL);
-        let mut piece = vec![0; length];
-        let mut there = self.ahead.min(length);
-        while there < length {
-            match file.read_at(&mut piece[there..], offset + there as u64)? {
-                0 => break,
-                count => there += count,
+        if self.ahead < length {
+            let mut piece = vec![0; length - self.ahead];
+            let mut there = 0;
+            while there < piece.len() {
+                match file.read_at(&mut piece[there..], offset + (self.ahead + there) as u64)? {
+                    0 => break,
+                    count => there += count,
+                }
             }
+            self.seal(&[IoSlice::new(&piece[..there])], 0)?;
         }
-        if there == 0 {
-            return Poll::Ready(Ok(0));
-        }
-        self.poll_send(cx, &[IoSlice::new(&piece[..there])])
+        self.poll_gone(cx)
     }
 
     fn worth_sending(&self) -> usize {
@@ -345,5 +346,211 @@ impl<R: Records> Transport for Stream<R> {
         // Who is gone need not hear it.
         let _ = ready!(self.poll_flush(cx));
         self.transport.poll_finish(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::{Arc, Mutex, MutexGuard};
+
+    use super::*;
+
+    /// Records that hide nothing: a length in front of the bytes. No bytes at all are the goodbye.
+    #[derive(Default)]
+    struct Plain {
+        wire: Wire,
+    }
+
+    /// Short, so that there are many.
+    const MOST: usize = 100;
+
+    impl Records for Plain {
+        fn wire(&mut self) -> &mut Wire {
+            &mut self.wire
+        }
+
+        fn shake_hands(&mut self) -> io::Result<bool> {
+            Ok(true)
+        }
+
+        fn security(&self) -> Security {
+            Security::default()
+        }
+
+        fn seal(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+            let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).take(MOST).collect();
+            self.wire.write_all(&[bytes.len() as u8])?;
+            self.wire.write_all(&bytes)?;
+            Ok(bytes.len())
+        }
+
+        fn open(&mut self, slice: &mut [u8]) -> io::Result<Opened> {
+            let unread = self.wire.unread();
+            let Some(length) = unread.first().map(|length| usize::from(*length)) else { return Ok(Opened::Starved) };
+            if length == 0 {
+                return Ok(Opened::Closed);
+            }
+            assert!(slice.len() >= length, "the tests have room for a record");
+            let Some(bytes) = unread.get(1..=length) else { return Ok(Opened::Starved) };
+            slice[..length].copy_from_slice(bytes);
+            io::copy(&mut io::Read::take(&mut self.wire, 1 + length as u64), &mut io::sink())?;
+            Ok(Opened::Bytes(length))
+        }
+
+        fn close(&mut self) {
+            let _ = self.wire.write_all(&[0]);
+        }
+    }
+
+    /// What has gone, what is to come, and for how many bytes there is room.
+    #[derive(Default)]
+    struct Line {
+        gone: Vec<u8>,
+        room: usize,
+        coming: Vec<u8>,
+        has_ended: bool,
+        is_finished: bool,
+    }
+
+    #[derive(Clone, Default)]
+    struct Slow(Arc<Mutex<Line>>);
+
+    impl Slow {
+        fn line(&self) -> MutexGuard<'_, Line> {
+            self.0.lock().unwrap()
+        }
+    }
+
+    impl Transport for Slow {
+        fn poll_receive(&mut self, _cx: &mut Context<'_>, slices: &mut [IoSliceMut<'_>]) -> Poll<io::Result<usize>> {
+            let mut line = self.line();
+            let count = line.coming.len().min(slices[0].len());
+            if count == 0 && !line.has_ended {
+                return Poll::Pending;
+            }
+            slices[0][..count].copy_from_slice(&line.coming[..count]);
+            line.coming.drain(..count);
+            Poll::Ready(Ok(count))
+        }
+
+        fn poll_send(&mut self, _cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+            let mut line = self.line();
+            let count = slices[0].len().min(line.room);
+            if count == 0 {
+                return Poll::Pending;
+            }
+            line.room -= count;
+            line.gone.extend_from_slice(&slices[0][..count]);
+            Poll::Ready(Ok(count))
+        }
+
+        fn finish(&mut self) {
+            self.line().is_finished = true;
+        }
+    }
+
+    fn stream() -> (Stream<Plain>, Slow) {
+        let slow = Slow::default();
+        (Stream::new(Plain::default(), Box::new(slow.clone())), slow)
+    }
+
+    fn opened(sealed: &[u8]) -> Vec<u8> {
+        let mut plain = Vec::new();
+        let mut rest = sealed;
+        while let [length, after @ ..] = rest {
+            plain.extend_from_slice(&after[..usize::from(*length)]);
+            rest = &after[usize::from(*length)..];
+        }
+        plain
+    }
+
+    fn bytes(count: usize) -> Vec<u8> {
+        (0..count).map(|at| (at * 7) as u8).collect()
+    }
+
+    #[test]
+    fn bytes_count_as_sent_when_their_record_is_gone_and_none_is_sealed_twice() {
+        let (mut stream, slow) = stream();
+        let mut cx = Context::from_waker(Waker::noop());
+        let all = bytes(1000);
+        let mut sent = 0;
+        // Always less than a record.
+        for _ in 0..1000 {
+            slow.line().room = 37;
+            let rest = &all[sent..];
+            let (front, back) = rest.split_at(rest.len() / 3);
+            if let Poll::Ready(count) = stream.poll_send(&mut cx, &[IoSlice::new(front), IoSlice::new(back)]) {
+                sent += count.unwrap();
+            }
+            assert!(opened_whole(&slow.line().gone) == sent, "as much as is gone in whole records");
+            if sent == all.len() {
+                break;
+            }
+        }
+        assert_eq!(opened(&slow.line().gone), all);
+    }
+
+    /// How many bytes are in records that are there to their end.
+    fn opened_whole(mut sealed: &[u8]) -> usize {
+        let mut count = 0;
+        while let [length, after @ ..] = sealed {
+            let Some(rest) = after.get(usize::from(*length)..) else { break };
+            count += usize::from(*length);
+            sealed = rest;
+        }
+        count
+    }
+
+    #[test]
+    fn a_file_is_sealed_once_however_often_it_is_offered() {
+        let (mut stream, slow) = stream();
+        let mut cx = Context::from_waker(Waker::noop());
+        let all = bytes(700);
+        let path = std::env::temp_dir().join(format!("nbdcaptive-stream-{}", std::process::id()));
+        std::fs::write(&path, &all).unwrap();
+        let file = File::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let mut sent = 0;
+        while sent < all.len() {
+            slow.line().room = 150;
+            if let Poll::Ready(count) = stream.poll_send_file(&mut cx, &file, sent as u64, all.len() - sent) {
+                sent += count.unwrap();
+            }
+        }
+        assert_eq!(opened(&slow.line().gone), all);
+        assert!(matches!(stream.poll_send_file(&mut cx, &file, 700, 1), Poll::Ready(Ok(0))), "the end of the file");
+    }
+
+    #[test]
+    fn an_end_without_a_word_is_an_error_and_a_goodbye_is_the_end() {
+        let (mut stream, slow) = stream();
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut buffer = [0; 300];
+        let mut receive =
+            |stream: &mut Stream<Plain>| stream.poll_receive(&mut cx, &mut [IoSliceMut::new(&mut buffer)]);
+        slow.line().coming = vec![2, 8, 9, 3, 1];
+        assert!(matches!(receive(&mut stream), Poll::Ready(Ok(2))));
+        assert!(receive(&mut stream).is_pending(), "half a record");
+        slow.line().has_ended = true;
+        let Poll::Ready(Err(error)) = receive(&mut stream) else { panic!("it has ended") };
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        slow.line().coming = vec![2, 3, 0];
+        assert!(matches!(receive(&mut stream), Poll::Ready(Ok(3))));
+        assert!(matches!(receive(&mut stream), Poll::Ready(Ok(0))));
+        assert!(matches!(receive(&mut stream), Poll::Ready(Ok(0))), "again and again");
+    }
+
+    #[test]
+    fn the_goodbye_is_waited_for_until_there_is_room() {
+        let (mut stream, slow) = stream();
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(stream.poll_finish(&mut cx).is_pending());
+        assert!(!slow.line().is_finished);
+        slow.line().room = 10;
+        assert!(stream.poll_finish(&mut cx).is_ready());
+        assert!(slow.line().is_finished);
+        stream.finish();
+        assert_eq!(slow.line().gone, [0], "said once");
     }
 }
