@@ -200,7 +200,8 @@ fn known<T>(
                 format!("{kind}s are built in and not loaded from files; to serve a script use 'sh {shown}'")
             }
             Some(word) if is_path(word) => format!("{kind}s are built in and not loaded from files, {hint}"),
-            _ => format!("no such {kind}, {hint}"),
+            // By the name of the file that nbdkit would have looked for.
+            _ => format!("nbdkit-{shown}-{kind}: no such {kind}, {hint}"),
         };
         ConfigError(format!("cannot open {kind} \"{shown}\": {why}"))
     })
@@ -235,8 +236,14 @@ mod tests {
             let options = Options { plugin: Some(plugin.into()), filters, ..Options::default() };
             Layers::find(&options).err().map(|error| error.0).unwrap_or_default()
         };
-        assert_eq!(refused("memroy", None), "cannot open plugin \"memroy\": no such plugin, did you mean 'memory'?");
-        assert!(refused("bad\r", None).starts_with("cannot open plugin \"bad\\r\": no such plugin, there are: data, "));
+        assert_eq!(
+            refused("memroy", None),
+            "cannot open plugin \"memroy\": nbdkit-memroy-plugin: no such plugin, did you mean 'memory'?"
+        );
+        assert!(
+            refused("bad\r", None)
+                .starts_with("cannot open plugin \"bad\\r\": nbdkit-bad\\r-plugin: no such plugin, there are: data, ")
+        );
         assert!(refused("./nbdkit-foo-plugin.so", None).starts_with(
             "cannot open plugin \"./nbdkit-foo-plugin.so\": plugins are built in and not loaded from files, there are: "
         ));

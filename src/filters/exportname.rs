@@ -226,8 +226,8 @@ impl FilterExports for Named {
             return Ok(None);
         }
         match (&self.rules.default, self.rules.strict) {
-            // Set to the empty name it is as if it were not set.
-            (Some(name), _) if !name.is_empty() => Ok(Some(name.clone())),
+            // Also the empty name: what follows is then not asked what it would have instead.
+            (Some(name), _) => Ok(Some(name.clone())),
             (_, true) => Ok(Some(Vec::new())),
             (_, false) => self.next.default_export(client),
         }
@@ -289,6 +289,16 @@ mod tests {
         let with_default = [strict[0], strict[1], ("exportname", ""), ("default-export", "a")];
         assert!(opens(&with_default, ""));
         assert_eq!(exports(&with_default).default_export(&Client::default()).unwrap(), Some(b"a".to_vec()));
+    }
+
+    /// Whatever the plugin's own is.
+    #[test]
+    fn the_empty_name_may_be_the_default() {
+        let next = exports(&[("default-export", "the plugin's")]);
+        let over_it = |parameters| over(Arc::clone(&next), "exportname", parameters).unwrap();
+        let default = |exports: Arc<dyn Exports>| exports.default_export(&Client::default()).unwrap();
+        assert_eq!(default(over_it(&[])), Some(b"the plugin's".to_vec()));
+        assert_eq!(default(over_it(&[("default-export", "")])), Some(Vec::new()));
     }
 
     #[test]
