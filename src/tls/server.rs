@@ -43,14 +43,14 @@ pub fn offer(options: &Options, report: &Report) -> Result<Offer, String> {
         return Ok(Offer { mode: options.tls, acceptor: Some(acceptor), user: None });
     }
     const ADVICE: &str =
-        "Try setting ‘--tls-certificates=/path/to/certificates’ or read\nthe \"TLS\" section in nbdkit(1).";
+        "Try setting ‘--tls-certificates=/path/to/certificates’ or read the \"TLS\" section in nbdkit(1).";
     match options.tls {
         Tls::Require => {
-            return Err(format!("--tls=require but could not load TLS certificates.\n{ADVICE}"));
+            return Err(format!("--tls=require but could not load TLS certificates. {ADVICE}"));
         }
         Tls::On if options.tls_given => report.warn(format_args!(
-            "warning: --tls=on but could not load TLS certificates.\n\
-             TLS will be disabled and TLS connections will be rejected.\n{ADVICE}"
+            "warning: --tls=on but could not load TLS certificates. \
+             TLS will be disabled and TLS connections will be rejected. {ADVICE}"
         )),
         Tls::On | Tls::Off => {}
     }

@@ -110,6 +110,8 @@ fn assert_no_start(room: &Room, arguments: &[&str], words: &[&str]) -> Output {
     for word in words {
         assert!(output.stderr.contains(word), "{word:?}: {output:#?}");
     }
+    assert_eq!(output.stderr.lines().count(), 1, "{output:#?}");
+    assert!(!output.stderr.contains("\\n"), "{output:#?}");
     output
 }
 
@@ -128,6 +130,7 @@ fn without_certificates_require_is_an_error_and_on_a_warning() {
     );
     let output =
         room.captive(["--tls=on", certificates, "memory", "1M"], "echo \"$uri $tls\"; nbdinfo \"$uri\"").run_to(0);
+    assert_eq!(output.stderr.lines().count(), 1, "{output:#?}");
     assert!(output.stderr.contains("warning: --tls=on but could not load TLS certificates."), "{output:#?}");
     assert!(output.text().starts_with("nbd+unix://?socket="), "{output:#?}");
     assert!(output.text().lines().next().is_some_and(|line| line.ends_with(' ')), "$tls is not set: {output:#?}");
