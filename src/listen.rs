@@ -24,6 +24,7 @@ use nix::sys::socket::{
 };
 
 use crate::cli::{Family, Options, Unix};
+use crate::identity;
 use crate::report::Report;
 
 /// The longest path that a Unix socket can have, in bytes.
@@ -410,7 +411,10 @@ pub fn sweep(options: &Options, private: Option<&PrivateDirectory>, pid: i32) {
     if let Some(Unix::Path(path)) = &options.unix {
         remove_dead_socket(path);
     }
-    if let Some(path) = &options.pidfile {
+    // nbdkit leaves it, and scripts that call it read there after the end which process it was.
+    if let Some(path) = &options.pidfile
+        && identity::package() != identity::NBDKIT
+    {
         remove_pidfile(path, pid);
     }
 }

@@ -459,6 +459,17 @@ mod as_nbdkit {
         assert!(refused.stderr.starts_with("nbdkit: unrecognized option '--no-such-option'"), "{refused:#?}");
     }
 
+    /// Scripts read in it which process it was, when that has ended: nbdkit tests/test-exitwhen-file-created.sh.
+    #[test]
+    fn the_pid_file_stays_at_the_end() {
+        let room = Room::new();
+        called(&room, "nbdkit", &["-P", "pid", "null", "--run", "cp pid seen"]).run_to(0);
+        let read = |name| std::fs::read_to_string(room.path(name)).expect("it is there");
+        assert_eq!(read("pid"), read("seen"));
+        assert!(read("pid").trim().parse::<u32>().is_ok_and(|pid| pid > 1));
+        room.wait_until_nothing_left();
+    }
+
     /// nbdkit tests/test-verbose.sh: "debug: nbdkit 1\."
     #[test]
     fn the_first_line_of_verbose_is_the_version() {
