@@ -24,7 +24,8 @@ assert handle.get_protocol() == "newstyle-fixed"
 assert handle.get_structured_replies_negotiated() == structured
 found = []
 handle.opt_list(lambda name, description: found.append(name) or 0)
-assert found == sorted(names), found
+# In the directory's own order, as nbdkit lists them.
+assert sorted(found) == sorted(names), found
 
 contexts = []
 handle.add_meta_context("base:")
