@@ -74,9 +74,6 @@ struct Ticket {
     began: u64,
 }
 
-/// The most that is written or read at a time where zeroes or caching are emulated: `EMULATED` in `backend.rs`.
-const PIECE: u64 = 64 << 20;
-
 impl Universe {
     /// The request that this call is for: among those that the server has and that no call was made for.
     fn match_request(&self, id: usize, kind: u16, offset: u64, fits: impl Fn(&Request) -> bool) -> Option<usize> {
@@ -107,6 +104,8 @@ impl Universe {
         }
         self.check_turn(instance, may_block);
         let emulated = |support: Support| support == Support::Emulate;
+        // What is written or read at a time where zeroes or caching are emulated: as much as a client could ask for.
+        let piece = self.config.max_payload();
         let wants_fua = |universe: &Universe, request: &Request| {
             request.flags & FUA != 0 && universe.config.capabilities.fua == Support::Native
         };
@@ -122,7 +121,7 @@ impl Universe {
             Ask::Read { length, offset, whole: false } => {
                 let next = |request: &Request| {
                     request.offset + request.progress == offset
-                        && length == PIECE.min(request.length - request.progress)
+                        && length == piece.min(request.length - request.progress)
                 };
                 let found = straight.map(|(_, index)| index).or_else(|| self.match_request(id, CACHE, offset, next));
                 found.filter(|index| {
@@ -134,7 +133,7 @@ impl Universe {
                 let zeroes = data.first() == Some(&0);
                 let next = |request: &Request| {
                     request.offset + request.progress == offset
-                        && data.len() as u64 == PIECE.min(request.length - request.progress)
+                        && data.len() as u64 == piece.min(request.length - request.progress)
                 };
                 let found = if zeroes {
                     straight
