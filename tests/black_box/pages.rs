@@ -82,7 +82,8 @@ fn every_example_is_a_command_line() {
         // A shell takes the lines apart, and writes down the words; with no PATH it can do nothing else.
         let text = fs::read_to_string(&page).expect("it was written");
         let blocks = text.split("\n.EX\n").skip(1).filter_map(|rest| rest.split("\n.EE").next());
-        let mut script = "nbdcaptive() { printf '%s\\0' \"$@\" >>words; printf '\\n\\0' >>words; }\nPATH=\n".to_owned();
+        // A line is written at once, as examples with `&` run side by side.
+        let mut script = "nbdcaptive() { printf '%s\\0' \"$@\" $'\\n' >>words; }\nPATH=\n".to_owned();
         for block in blocks {
             script += &unescaped(block);
             script += "\n";
