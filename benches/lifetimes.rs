@@ -2,8 +2,8 @@
 //! process, until nothing is left; and what a start and a stop cost beside nbdkit. The options are in `HELP` below.
 //!
 //! "Nothing is left" means that every process that was there is gone (or waits only to be reaped by somebody else), and that
-//! the private directory, the socket and the pid file are. Only std is used, so the file also builds alone:
-//! `rustc -O --edition 2024 lifetimes.rs`.
+//! the private directory, the socket and the pid file are. Only std is used, so that it also builds without
+//! cargo: `rustc -O --edition 2024 lifetimes.rs`.
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+mod shared;
 
 const HELP: &str = "\
 Usage: cargo bench --bench lifetimes -- [OPTIONS]
@@ -43,25 +45,8 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let mut runs = 100;
-    let mut ours = option_env!("CARGO_BIN_EXE_nbdcaptive").map(PathBuf::from);
-    let mut nbdkit = PathBuf::from("nbdkit");
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
-        match argument.as_str() {
-            "--runs" => runs = value()?.parse().map_err(|_| "--runs needs a number".to_owned())?,
-            "--nbdcaptive" => ours = Some(value()?.into()),
-            "--nbdkit" => nbdkit = value()?.into(),
-            "--help" => {
-                print!("{HELP}");
-                return Ok(());
-            }
-            // Given by cargo.
-            "--bench" => {}
-            other => return Err(format!("{other}: unknown option\n\n{HELP}")),
-        }
-    }
-    let ours = ours.ok_or("--nbdcaptive PATH is needed where cargo did not build it")?;
+    let Some(programs) = shared::options(HELP, &mut [("--runs", &mut runs)])? else { return Ok(()) };
+    let shared::Programs { nbdcaptive: ours, nbdkit } = programs;
     println!("{:<44} {:>9} {:>9} {:>9}", format!("milliseconds, {runs} runs"), "median", "min", "max");
     let mut rows = [
         Row::new("parent killed -> nothing left"),

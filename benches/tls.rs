@@ -21,6 +21,8 @@ use nbdcaptive_actors::tls::{Check, ClientPem, Connector, ServerCertificates};
 use nbdcaptive_actors::transport::Socket;
 use smol::{Executor, block_on};
 
+mod shared;
+
 const HELP: &str = "\
 Usage: cargo bench --bench tls -- [OPTIONS]
 
@@ -76,30 +78,14 @@ const ROWS: [&str; 5] = [
 
 fn run() -> Result<()> {
     let mut settings = Settings { runs: 5, size: 512, requests: 100_000, handshakes: 1000 };
-    let mut ours = option_env!("CARGO_BIN_EXE_nbdcaptive").map(PathBuf::from);
-    let mut nbdkit = PathBuf::from("nbdkit");
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
-        let number = |value: String| value.parse::<usize>().map_err(|_| format!("{argument} needs a number"));
-        match argument.as_str() {
-            "--runs" => settings.runs = number(value()?)?,
-            "--size" => settings.size = number(value()?)?,
-            "--requests" => settings.requests = number(value()?)?,
-            "--handshakes" => settings.handshakes = number(value()?)?,
-            "--nbdcaptive" => ours = Some(value()?.into()),
-            "--nbdkit" => nbdkit = value()?.into(),
-            "--help" => {
-                print!("{HELP}");
-                return Ok(());
-            }
-            // Given by cargo.
-            "--bench" => {}
-            other => return Err(format!("{other}: unknown option\n\n{HELP}")),
-        }
-    }
-    let ours = ours.ok_or("--nbdcaptive PATH is needed where cargo did not build it")?;
-    let servers = [ours, nbdkit];
+    let mut numbers = [
+        ("--runs", &mut settings.runs),
+        ("--size", &mut settings.size),
+        ("--requests", &mut settings.requests),
+        ("--handshakes", &mut settings.handshakes),
+    ];
+    let Some(programs) = shared::options(HELP, &mut numbers)? else { return Ok(()) };
+    let servers = [programs.nbdcaptive, programs.nbdkit];
     let place = Place::new(settings.size)?;
     println!("{:<32} {:>26} {:>26} {:>8}", "median (least..most)", "nbdcaptive", "nbdkit", "/nbdkit");
     for (kind, name) in [(Kind::Certificates, "certificates"), (Kind::Keys, "pre-shared keys")] {

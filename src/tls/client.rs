@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nbdcaptive_actors::client::{Error, Handshake};
-use nbdcaptive_actors::tls::{Check, ClientPem, Connector, Part, ServerCertificates};
+use nbdcaptive_actors::tls::{Check, ClientPem, Connector, ServerCertificates};
 use nbdcaptive_actors::transport::Transport;
 
-use super::files::{places, read_if_there, unreadable};
+use super::files::{Files, places, read_if_there, unreadable, unusable};
 use crate::cli::Tls;
 use crate::uri::{Address, Uri};
 use crate::values;
@@ -119,31 +119,18 @@ impl Wanted {
     fn by_certificates(&self) -> Result<Arc<dyn Connector>, String> {
         let check = self.check();
         for directory in places(self.certificates.as_deref(), "libnbd") {
+            let files = Files::of(&directory, "client");
             // Only this one has to be there.
-            let authorities = directory.join("ca-cert.pem");
-            let Some(authorities_pem) = read_if_there(&authorities) else { continue };
-            let read = |path: &Path| match read_if_there(path) {
-                Some(read) => read.map(Some).map_err(|error| unreadable(path, &error)),
-                None => Ok(None),
-            };
-            let (certificate, key) = (directory.join("client-cert.pem"), directory.join("client-key.pem"));
-            let revoked = directory.join("ca-crl.pem");
-            let own = read(&certificate)?.zip(read(&key)?);
-            let revoked_pem = read(&revoked)?;
+            let Some(authorities_pem) = read_if_there(&files.authorities) else { continue };
+            let read = |path: &Path| read_if_there(path).transpose().map_err(|error| unreadable(path, &error));
+            let own = read(&files.certificate)?.zip(read(&files.key)?);
+            let revoked = read(&files.revoked)?;
             let pem = ClientPem {
-                authorities: &authorities_pem.map_err(|error| unreadable(&authorities, &error))?,
+                authorities: &authorities_pem.map_err(|error| unreadable(&files.authorities, &error))?,
                 own: own.as_ref().map(|(certificate, key)| (&certificate[..], &key[..])),
-                revoked: revoked_pem.as_deref(),
+                revoked: revoked.as_deref(),
             };
-            let made = ServerCertificates::new(pem, &check).map_err(|error| {
-                let path = match error.part {
-                    Part::Authorities => &authorities,
-                    Part::Certificate => &certificate,
-                    Part::Key => &key,
-                    Part::Revoked => &revoked,
-                };
-                format!("TLS: loading {}: {error}", path.display())
-            })?;
+            let made = ServerCertificates::new(pem, &check).map_err(|error| files.unusable(&error))?;
             return Ok(Arc::new(made));
         }
         if let Some(directory) = &self.certificates
@@ -158,14 +145,14 @@ impl Wanted {
             None => ("", Vec::new()),
         };
         let pem = ClientPem { authorities: &authorities, own: None, revoked: None };
-        let made = ServerCertificates::new(pem, &check).map_err(|error| format!("TLS: loading {path}: {error}"))?;
+        let made = ServerCertificates::new(pem, &check).map_err(|error| unusable(Path::new(path), &error))?;
         Ok(Arc::new(made))
     }
 
     #[cfg(feature = "psk")]
     fn by_key(&self, file: &Path) -> Result<Arc<dyn Connector>, String> {
         use nbdcaptive_actors::tls::{Keys, SharedKey};
-        let wrong = |why: &dyn fmt::Display| format!("TLS: loading {}: {why}", file.display());
+        let wrong = |why: &dyn fmt::Display| unusable(file, why);
         let text = super::files::read(file).map_err(|error| unreadable(file, &error))?;
         let keys = Keys::parse(&text).map_err(|error| wrong(&error))?;
         let user = self.user.clone().map_or_else(user, Ok).map_err(|error| wrong(&error))?;

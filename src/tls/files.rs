@@ -1,9 +1,12 @@
 //! Reading the files of certificates and keys.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use nbdcaptive_actors::tls::{CertificatesError, Part};
 
 use crate::report::Report;
 
@@ -27,6 +30,42 @@ pub(super) fn places(given: Option<&Path>, package: &str) -> Vec<PathBuf> {
 const ROOT: &str = "/etc/pki";
 /// Where those of other users are, below their home directory, in the order in which they are looked at.
 const HOME: [&str; 2] = [".pki", ".config/pki"];
+
+/// The files of one directory of certificates.
+pub(super) struct Files {
+    pub(super) authorities: PathBuf,
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+    pub(super) revoked: PathBuf,
+}
+
+impl Files {
+    /// Those of the `end` of the connection that is to be: `server` or `client`.
+    pub(super) fn of(directory: &Path, end: &str) -> Files {
+        Files {
+            authorities: directory.join("ca-cert.pem"),
+            certificate: directory.join(format!("{end}-cert.pem")),
+            key: directory.join(format!("{end}-key.pem")),
+            revoked: directory.join("ca-crl.pem"),
+        }
+    }
+
+    /// What people are told of one that cannot be used.
+    pub(super) fn unusable(&self, error: &CertificatesError) -> String {
+        let path = match error.part {
+            Part::Authorities => &self.authorities,
+            Part::Certificate => &self.certificate,
+            Part::Key => &self.key,
+            Part::Revoked => &self.revoked,
+        };
+        unusable(path, error)
+    }
+}
+
+/// What people are told of a file that could be read and not be used.
+pub(super) fn unusable(path: &Path, why: &dyn fmt::Display) -> String {
+    format!("TLS: loading {}: {why}", path.display())
+}
 
 /// A key that everybody can read is no secret. Who has put it there may have a reason.
 pub(super) fn warn_if_open(path: &Path, report: &Report) {

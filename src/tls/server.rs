@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use nbdcaptive_actors::tls::{Acceptor, Certificates, Part, Pem};
+use nbdcaptive_actors::tls::{Acceptor, Certificates, Pem};
 
 #[cfg(feature = "psk")]
 use super::files::read;
-use super::files::{places, read_if_there, unreadable, warn_if_open};
+use super::files::{Files, places, read_if_there, unreadable, warn_if_open};
 use crate::cli::{Options, Tls};
 use crate::report::Report;
 
@@ -61,33 +61,23 @@ pub fn offer(options: &Options, report: &Report) -> Result<Offer, String> {
 /// A server with the certificates of the first directory that has what is needed.
 fn certificates(options: &Options, report: &Report) -> Result<Option<Arc<dyn Acceptor>>, String> {
     for directory in places(options.tls_certificates.as_deref(), "nbdkit") {
-        let path = |name| directory.join(name);
-        let (authorities, certificate, key) = (path("ca-cert.pem"), path("server-cert.pem"), path("server-key.pem"));
-        let revoked = path("ca-crl.pem");
+        let files = Files::of(&directory, "server");
         // A directory without one of these is no such directory.
-        let needed = [&authorities, &certificate, &key].map(|path| read_if_there(path));
+        let needed = [&files.authorities, &files.certificate, &files.key].map(|path| read_if_there(path));
         let [Some(authorities_pem), Some(certificate_pem), Some(key_pem)] = needed else {
             report.debug(format_args!("no TLS certificates in {}", directory.display()));
             continue;
         };
-        let revoked_pem = read_if_there(&revoked).transpose().map_err(|error| unreadable(&revoked, &error))?;
-        let key_pem = key_pem.map_err(|error| unreadable(&key, &error))?;
+        let revoked_pem = read_if_there(&files.revoked).transpose();
+        let revoked_pem = revoked_pem.map_err(|error| unreadable(&files.revoked, &error))?;
         let pem = Pem {
-            authorities: &authorities_pem.map_err(|error| unreadable(&authorities, &error))?,
-            certificate: &certificate_pem.map_err(|error| unreadable(&certificate, &error))?,
-            key: &key_pem,
+            authorities: &authorities_pem.map_err(|error| unreadable(&files.authorities, &error))?,
+            certificate: &certificate_pem.map_err(|error| unreadable(&files.certificate, &error))?,
+            key: &key_pem.map_err(|error| unreadable(&files.key, &error))?,
             revoked: revoked_pem.as_deref(),
         };
-        let made = Certificates::new(pem, options.tls_verify_peer).map_err(|error| {
-            let path = match error.part {
-                Part::Authorities => &authorities,
-                Part::Certificate => &certificate,
-                Part::Key => &key,
-                Part::Revoked => &revoked,
-            };
-            format!("TLS: loading {}: {error}", path.display())
-        })?;
-        warn_if_open(&key, report);
+        let made = Certificates::new(pem, options.tls_verify_peer).map_err(|error| files.unusable(&error))?;
+        warn_if_open(&files.key, report);
         report.debug(format_args!("successfully loaded TLS certificates from {}", directory.display()));
         return Ok(Some(Arc::new(made)));
     }

@@ -11,8 +11,8 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
-    CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
-    ServerConnection, SignatureScheme,
+    CipherSuite, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, ServerConnection,
+    SignatureScheme,
 };
 
 use super::names::Revoked;
@@ -226,9 +226,7 @@ impl ClientCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let verified = self.web.verify_client_cert(own, between, now)?;
-        if std::iter::once(own).chain(between).any(|certificate| self.revoked.has(certificate)) {
-            return Err(CertificateError::Revoked.into());
-        }
+        self.revoked.has_none_of(own, between)?;
         Ok(verified)
     }
 

@@ -5,6 +5,8 @@
 
 use std::collections::HashSet;
 
+use rustls::CertificateError;
+use rustls::pki_types::CertificateDer;
 use x509_cert::der::asn1::AnyRef;
 use x509_cert::der::{self, Decode, Reader, SliceReader, Tag, Tagged};
 use x509_cert::name::Name;
@@ -92,8 +94,21 @@ impl Revoked {
         Ok(())
     }
 
+    /// Whether none of a chain of certificates was taken back: the `own` of the other end, and those `between` it and an
+    /// authority.
+    pub(super) fn has_none_of(
+        &self,
+        own: &CertificateDer<'_>,
+        between: &[CertificateDer<'_>],
+    ) -> Result<(), rustls::Error> {
+        match std::iter::once(own).chain(between).any(|certificate| self.has(certificate)) {
+            true => Err(CertificateError::Revoked.into()),
+            false => Ok(()),
+        }
+    }
+
     /// Whether a certificate, in DER, was taken back. One that cannot be read is as good as that.
-    pub(super) fn has(&self, certificate: &[u8]) -> bool {
+    fn has(&self, certificate: &[u8]) -> bool {
         if self.0.is_empty() {
             return false;
         }

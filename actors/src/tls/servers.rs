@@ -9,7 +9,7 @@ use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_t
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::SingleCertAndKey;
-use rustls::{CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use super::certificates::{CertificatesError, Part, own, provider, revoked, roots, wrong};
 use super::names::Revoked;
@@ -116,9 +116,7 @@ impl ServerCertVerifier for Verifier {
         }
         let certificate = ParsedCertificate::try_from(own)?;
         verify_server_cert_signed_by_trust_anchor(&certificate, &self.roots, between, now, self.algorithms.all)?;
-        if std::iter::once(own).chain(between).any(|certificate| self.revoked.has(certificate)) {
-            return Err(CertificateError::Revoked.into());
-        }
+        self.revoked.has_none_of(own, between)?;
         if let Check::Name(_) = self.check {
             verify_server_name(&certificate, name)?;
         }
