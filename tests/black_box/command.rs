@@ -359,8 +359,12 @@ open('ready', 'w').write('here\\n'); sys.exit(21 if signal.sigwait([number]) == 
             return;
         }
         let room = Room::new();
-        let mut launch = room.captive(["memory", "1M"], "trap 'kill $!; exit 21' ALRM; sleep 1000 & wait");
+        // The command has it blocked as the caller has, and so it waits for the command to wait for it, whoever is slower.
+        let script = "import signal, sys; sys.exit(21 if signal.sigwait([signal.SIGALRM]) == signal.SIGALRM else 1)";
+        let mut launch = room.captive(["memory", "1M"], format!("exec python3 -c '{script}'"));
         launch.in_child(|| {
+            let set = SigSet::from_iter([Signal::SIGALRM]);
+            sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)?;
             nix::unistd::alarm::set(1);
             Ok(())
         });
@@ -434,10 +438,15 @@ open('ready', 'w').write('here\\n'); sys.exit(21 if signal.sigwait([number]) == 
             return;
         }
         let room = Room::new();
-        let command = "trap 'nbdinfo --size \"$uri\"; exit 7' TERM; sleep 1000 & wait";
-        let mut launch = room.tool("timeout", ["1"]);
+        let mut ready = room.fifo("ready");
+        let command = "trap 'nbdinfo --size \"$uri\"; exit 7' TERM; sleep 1000 & echo here > ready; wait";
+        let mut launch = room.tool("timeout", ["1000"]);
         launch.args([server_path()]).args(["memory", "1M", "--run", command]);
-        let output = launch.run_to(124);
+        let timeout = launch.start();
+        ready.hear();
+        // Its timer sends it no other.
+        timeout.signal(Signal::SIGALRM);
+        let output = timeout.finish().expect(124);
         assert_eq!(output.text(), "1048576\n", "{output:#?}");
         room.assert_nothing_left();
     }
@@ -450,10 +459,12 @@ open('ready', 'w').write('here\\n'); sys.exit(21 if signal.sigwait([number]) == 
         }
         let room = Room::new();
         let command = "trap '' TERM; echo here > ready; sleep 1000; sleep 1000";
-        let slow = ["--grace-period=3600", "--drain-timeout=3600", "-P", "pid", "memory", "1M"];
+        let slow = ["-v", "--grace-period=3600", "--drain-timeout=3600", "-P", "pid", "memory", "1M"];
         let running = start(&room, &slow, command);
         kill(our_process(&room, "nbdserve"), Signal::SIGSTOP).expect("the process is there");
         running.signal(Signal::SIGTERM);
+        // Two that wait together are one.
+        wait_for("the first to be seen", || running.stderr().contains("received signal 15").then_some(()));
         // Not to wait for something: the time between the two is what tells them from one.
         thread::sleep(Duration::from_millis(400));
         running.signal(Signal::SIGTERM);
@@ -614,22 +625,28 @@ mod idle {
         (ticks(11) + ticks(12), switches.expect("a line of its own").trim().parse().expect("a number"))
     }
 
-    /// All of our processes of a room sleep.
+    /// All of our processes of a room come to sleep: there is a second in which each does next to nothing. Who spins has none.
     fn expect_idle(room: &Room, what: &str) {
         let ours: Vec<Pid> = room.server_processes().iter().map(|one| Pid::from_raw(one.pid)).collect();
         assert!(!ours.is_empty());
-        let before: Vec<_> = ours.iter().map(|pid| used(*pid)).collect();
-        // Not to wait for something: this is how long is measured.
-        thread::sleep(Duration::from_secs(1));
-        for (pid, before) in ours.iter().zip(before) {
-            let after = used(*pid);
-            let (ticks, wakes) = (after.0 - before.0, after.1 - before.1);
-            assert!(ticks <= 5 && wakes <= 20, "{what}: {pid} used {ticks} ticks and woke {wakes} times in a second");
-        }
+        wait_for(&format!("{what}: our processes to sleep"), || {
+            let before: Vec<_> = ours.iter().map(|pid| used(*pid)).collect();
+            // Not to wait for something: this is how long is measured.
+            thread::sleep(Duration::from_secs(1));
+            let idle = |(pid, before): (&Pid, &(u64, u64))| {
+                let after = used(*pid);
+                let (ticks, wakes) = (after.0 - before.0, after.1 - before.1);
+                // Shown where the test fails.
+                eprintln!("{what}: {pid} used {ticks} ticks and woke {wakes} times in a second");
+                ticks <= 5 && wakes <= 20
+            };
+            let busy = ours.iter().zip(&before).filter(|one| !idle(*one)).count();
+            (busy == 0).then_some(())
+        });
     }
 
     const STUBBORN: &str = "trap '' TERM; echo here > ready; sleep 1000; sleep 1000";
-    const PATIENT: [&str; 6] = ["--grace-period=3600", "--drain-timeout=3600", "-U", "s", "memory", "1M"];
+    const PATIENT: [&str; 7] = ["-v", "--grace-period=3600", "--drain-timeout=3600", "-U", "s", "memory", "1M"];
 
     /// B1: "S spins at 50-97 % CPU" (T), in every state that can last
     #[test]
@@ -642,7 +659,7 @@ mod idle {
         let _client = idle_client(&room);
         expect_idle(&room, "before the end");
         running.signal(Signal::SIGTERM);
-        thread::sleep(Duration::from_millis(100));
+        wait_for("the signal to be seen", || running.stderr().contains("waiting for the command").then_some(()));
         expect_idle(&room, "in the grace period");
     }
 
@@ -667,22 +684,25 @@ mod idle {
             return;
         }
         let room = Room::new();
-        let _running = start(&room, &PATIENT, STUBBORN);
+        let running = start(&room, &PATIENT, STUBBORN);
         kill(our_process(&room, "nbdguard"), Signal::SIGKILL).expect("the process is there");
-        thread::sleep(Duration::from_millis(200));
+        let standing_by = "ending: the guardian process was killed";
+        wait_for("the end of the guardian to be seen", || running.stderr().contains(standing_by).then_some(()));
         expect_idle(&room, "standing by");
 
         let room = Room::new();
         let running = start(&room, &PATIENT, STUBBORN);
         kill(our_process(&room, "nbdserve"), Signal::SIGSTOP).expect("the process is there");
         running.signal(Signal::SIGTERM);
-        thread::sleep(Duration::from_millis(1200));
+        let without_it = "the server does not answer to signal 15";
+        wait_for("the server to be given up", || running.stderr().contains(without_it).then_some(()));
         expect_idle(&room, "with a server that is stopped");
 
         let room = Room::new();
         let running = start(&room, &PATIENT, STUBBORN);
         running.signal(Signal::SIGKILL);
-        thread::sleep(Duration::from_millis(200));
+        let alone = "ending: the front process was killed";
+        wait_for("its end to be seen", || running.stderr().contains(alone).then_some(()));
         expect_idle(&room, "without a front process");
     }
 }

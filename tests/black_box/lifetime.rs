@@ -517,8 +517,10 @@ mod signals {
         }
         let room = Room::new();
         let command = "trap '' TERM; echo here > ready; sleep 1000; sleep 1000";
-        let (running, _, _) = captive_that_runs(&room, &["--grace-period=3600", "memory", "1M"], command);
+        let (running, _, _) = captive_that_runs(&room, &["-v", "--grace-period=3600", "memory", "1M"], command);
         running.signal(Signal::SIGTERM);
+        // Two that wait together are one.
+        wait_for("the first to be seen", || running.stderr().contains("received signal 15").then_some(()));
         // Not to wait for something: the time between the two is what tells them from one.
         thread::sleep(Duration::from_millis(400));
         running.signal(Signal::SIGTERM);

@@ -301,7 +301,7 @@ mod time {
             return;
         }
         let room = Room::new();
-        let server = room.serve(["--timeout=3", "memory", "16M"]);
+        let server = room.serve(["--timeout=5", "memory", "16M"]);
         // All at once, so that only a server that is stopped for that long could be late.
         let mut chosen = server.connect();
         let go = option_bytes(NBD_OPT_GO, &info_bytes(b"", &[]));
@@ -419,7 +419,7 @@ mod clients {
             return;
         }
         let room = Room::new();
-        let server = room.serve(["--max-clients=1", "--timeout=1", "memory", "16M"]);
+        let server = room.serve(["--max-clients=1", "--timeout=5", "memory", "16M"]);
         drop(wait_to_be_admitted(&server));
         let silent = wait_for("the server to greet", || {
             let mut client = server.connect();

@@ -7,7 +7,7 @@
 //! - `refused.rs`: who is not let in, and what files are not taken
 //! - `client.rs`: this program as the client: `--probe` and the `nbd` plugin
 
-use super::harness::{Launch, Output, Room, Server};
+use super::harness::{Launch, Output, Room, Server, wait_for};
 
 #[path = "tls/client.rs"]
 mod client;
@@ -36,4 +36,16 @@ fn serve(room: &Room, pki: &pki::Pki, kind: Kind, arguments: &[&str]) -> Server 
     let mut all = vec!["-v".to_owned(), pki.option(kind)];
     all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
     room.serve(all)
+}
+
+/// What the server says must come to have this in it. It says so beside what it tells a client, who may know it first.
+#[track_caller]
+fn wait_for_word(server: &Server, word: &str) {
+    wait_for_words(server, word, 1);
+}
+
+/// As [`wait_for_word`], so many times.
+#[track_caller]
+fn wait_for_words(server: &Server, word: &str, times: usize) {
+    wait_for(word, || (server.running.stderr().matches(word).count() >= times).then_some(()));
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use super::gate::{Gate, gnutls_cli, s_client, through};
 use super::pki::{Algorithm, OTHER, Pki, USER};
-use super::{KINDS, Kind, Room, serve};
+use super::{KINDS, Kind, Room, serve, wait_for_word};
 use crate::harness::free_port;
 use crate::raw_client::*;
 
@@ -136,7 +136,7 @@ fn openssl_and_gnutls_speak_tls_1_2_and_1_3() {
             }
             client.disconnect();
             drop(running);
-            assert!(server.running.stderr().contains(word), "{word}: {}", server.running.stderr());
+            wait_for_word(&server, word);
         }
         server.terminate().expect(0);
     }
@@ -165,13 +165,9 @@ fn nbd_client_lists_with_certificates() {
         "localhost",
     ];
     let output = room.tool("nbd-client", arguments).run_to(0);
-    assert!(
-        running.stderr().contains("TLS client certificate: CN=client.example.com"),
-        "{output:#?} {}",
-        running.stderr()
-    );
     running.signal(nix::sys::signal::Signal::SIGTERM);
-    running.finish().expect(0);
+    let log = running.finish().expect(0).stderr;
+    assert!(log.contains("TLS client certificate: CN=client.example.com"), "{output:#?} {log}");
 }
 
 #[test]

@@ -6,14 +6,9 @@ use nix::sys::signal::Signal;
 
 use super::gate::{Gate, s_client, starttls, through};
 use super::pki::Pki;
-use super::{KINDS, Kind, Room, serve};
-use crate::harness::{DEADLINE, Server, wait_for};
+use super::{KINDS, Kind, Room, serve, wait_for_word};
+use crate::harness::DEADLINE;
 use crate::raw_client::*;
-
-/// What the server has said so far must come to have this in it.
-fn wait_for_word(server: &Server, word: &str) {
-    wait_for(word, || server.running.stderr().contains(word).then_some(()));
-}
 
 #[test]
 fn with_require_nothing_but_tls_and_abort_is_done_before_and_no_name_is_told() {
