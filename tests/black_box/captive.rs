@@ -14,7 +14,7 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocma
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::pipe2;
 
-use super::harness::{Output, Room, Witness, free_port, nbdkit_differs, program_name};
+use super::harness::{Output, Room, Witness, dead_socket, free_port, nbdkit_differs, program_name};
 use super::raw_client::Client;
 
 /// One word of `$variable`, as text.
@@ -363,7 +363,7 @@ mod start {
             return;
         }
         let room = Room::new();
-        drop(std::os::unix::net::UnixListener::bind(room.path("s")).expect("a socket in the room"));
+        dead_socket(&room.path("s"));
         let output = room.captive(["-U", "s", "memory", "1M"], "nbdinfo --size \"$uri\"").run_to(0);
         assert_eq!(word(&output), "1048576");
         assert!(!room.path("s").exists());

@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::PermissionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -368,11 +367,8 @@ fn furnish(room: &Room) {
     room.write("key", "secret\n");
     fs::create_dir(room.path("dir")).expect("a directory in the room");
     room.write("dir/one", [0; 512]);
-    let script =
-        room.write("script", "case \"$1\" in get_size) echo 4096;; pread) head -c $3 /dev/zero;; *) exit 2;; esac");
-    fs::set_permissions(script, fs::Permissions::from_mode(0o755)).expect("the script is ours");
-    let failing = room.write("failing", "echo no luck >&2; exit 1\n");
-    fs::set_permissions(failing, fs::Permissions::from_mode(0o755)).expect("the script is ours");
+    room.script("script", "case \"$1\" in get_size) echo 4096;; pread) head -c $3 /dev/zero;; *) exit 2;; esac");
+    room.script("failing", "echo no luck >&2; exit 1\n");
 }
 
 fn names(room: &Room) -> BTreeSet<PathBuf> {

@@ -5,6 +5,10 @@
 //! - [`Server`]: a server on a Unix socket that accepts connections.
 //! - [`Witness`]: a pipe whose write end the server and all that it starts inherit; its end of file means that all are gone.
 //! - [`Fifo`]: how a command and a test wait for each other.
+//! - [`settle`]: what this program has closed is closed, also in the processes that other tests are starting just now.
+//!
+//! Whatever a test shares with the rest of the machine has a name of its own: rooms, marks, ports. So several copies of this
+//! program may run at once, also in pid namespaces of their own, where process numbers are the same.
 //!
 //! Nothing sleeps to give something time: [`wait_for`] looks again until a deadline, which only a failing test reaches.
 
@@ -13,19 +17,19 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, signal, sigprocmask};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo, pipe2};
 
@@ -93,10 +97,72 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A TCP port that was free a moment ago.
+/// A TCP port that is the caller's alone, of this and of all other copies of this program: nobody gets it by chance, because it
+/// is none of those that the system picks, and each that was given is claimed until this program ends.
 pub fn free_port() -> String {
-    let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port on loopback");
-    probe.local_addr().expect("the socket is bound").port().to_string()
+    static CLAIMS: Mutex<(u32, Vec<UnixListener>)> = Mutex::new((0, Vec::new()));
+    /// Where ports are that are nobody's by convention; the last one is the port of NBD.
+    const PORTS: std::ops::RangeInclusive<u32> = 10810..=65535;
+    let picked = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").expect("the kernel has a range");
+    let picked: Vec<u32> = picked.split_whitespace().map(|port| port.parse().expect("a number")).collect();
+    let mut free: Vec<u32> = PORTS.filter(|port| !(picked[0]..=picked[1]).contains(port)).collect();
+    if free.is_empty() {
+        free = PORTS.collect();
+    }
+    let (next, claims) = &mut *CLAIMS.lock().unwrap_or_else(PoisonError::into_inner);
+    // Copies begin at different places.
+    let start = std::process::id().wrapping_mul(251);
+    let port = wait_for("a free port", || {
+        *next += 1;
+        let port = free[start.wrapping_add(*next) as usize % free.len()];
+        // An abstract name is of the network namespace, as ports are.
+        let name = SocketAddr::from_abstract_name(format!("nbdcaptive-test-port-{port}")).expect("it is short");
+        let claim = UnixListener::bind_addr(&name).ok()?;
+        let is_taken = |address: &str| {
+            let bound = std::net::TcpListener::bind(format!("{address}:{port}"));
+            bound.is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
+        };
+        if is_taken("0.0.0.0") || is_taken("[::]") {
+            return None;
+        }
+        claims.push(claim);
+        Some(port)
+    });
+    // Listened at for a moment.
+    settle();
+    port.to_string()
+}
+
+/// Held to be shared by whoever starts a process, until that has become its program.
+static STARTING: RwLock<()> = RwLock::new(());
+
+/// Starts a process, as everybody here has to.
+pub fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    let _starting = STARTING.read().unwrap_or_else(PoisonError::into_inner);
+    command.spawn()
+}
+
+/// Waits until every process that is being started has become its program. Until then it holds a copy of all that this program
+/// had open: a pipe whose end was dropped has another one, a listener that was dropped still listens, a file that was written
+/// is "busy" for who wants to execute it. What was closed before this call is closed for good after it.
+pub fn settle() {
+    drop(STARTING.write().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// Leaves a socket at which nobody answers.
+pub fn dead_socket(path: &Path) {
+    drop(UnixListener::bind(path).expect("a socket in the room"));
+    settle();
+}
+
+/// What a program finds that a shell starts at a terminal, whatever this program was started by: nohup(1), a script's background
+/// and others ignore or block signals. To be called between fork and exec.
+fn forget_signals() -> std::io::Result<()> {
+    for one in Signal::iterator().filter(|one| ![Signal::SIGKILL, Signal::SIGSTOP].contains(one)) {
+        // SAFETY: no handler is installed.
+        unsafe { signal(one, SigHandler::SigDfl) }?;
+    }
+    Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?)
 }
 
 /// A process of a room, found by its mark.
@@ -123,12 +189,11 @@ pub struct Room {
 
 impl Room {
     pub fn new() -> Room {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let mark = format!("nc{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         // Not std::env::temp_dir: a socket's path has room for 107 bytes only.
-        let path = Path::new("/tmp").join(&mark);
-        fs::DirBuilder::new().mode(0o700).create(&path).expect("a new directory in /tmp");
+        let made = tempfile::Builder::new().prefix("nc").rand_bytes(8).tempdir_in("/tmp");
+        let path = made.expect("a new directory in /tmp").keep();
         fs::create_dir(path.join("tmp")).expect("a directory in the room");
+        let mark = path.file_name().expect("it has a name").to_string_lossy().into_owned();
         Room { path, mark }
     }
 
@@ -145,6 +210,26 @@ impl Room {
         let path = self.path(name);
         fs::write(&path, content).expect("a file in the room");
         path
+    }
+
+    /// A program that can be executed at once, by everybody who may enter the room.
+    pub fn script(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.write(name, content);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("the file is ours");
+        settle();
+        path
+    }
+
+    /// Lets everybody enter the room and write in it, and puts a copy of the server there, which may be where they cannot read it.
+    pub fn open_to_all(&self) -> PathBuf {
+        for path in ["", "tmp"] {
+            fs::set_permissions(self.path(path), fs::Permissions::from_mode(0o777)).expect("it is ours");
+        }
+        let server = self.path(program_name());
+        if !server.exists() {
+            self.script(&program_name(), fs::read(server_path()).expect("the server is there"));
+        }
+        server
     }
 
     pub fn fifo(&self, name: &str) -> Fifo {
@@ -208,7 +293,9 @@ impl Room {
         let mut command = Command::new(program);
         command.current_dir(&self.path).env(MARK, &self.mark).env("TMPDIR", self.tmpdir()).env("LC_ALL", "C.UTF-8");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Launch { command, keep: Vec::new() }
+        let mut launch = Launch { command, keep: Vec::new() };
+        launch.in_child(forget_signals);
+        launch
     }
 
     /// A server on the socket `socket` of the room that accepts connections.
@@ -361,7 +448,7 @@ impl Launch {
     /// Starts the process.
     pub fn start(&mut self) -> Running {
         let what = format!("{:?}", self.command);
-        let mut child = self.command.spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
+        let mut child = spawn(&mut self.command).unwrap_or_else(|error| panic!("{what}: {error}"));
         self.keep.clear();
         let stdout = child.stdout.take().map(Collected::new);
         let stderr = child.stderr.take().map(Collected::new);
@@ -608,6 +695,7 @@ impl Witness {
     }
 
     pub fn all_are_gone(&self) -> bool {
+        settle();
         readable(&self.0, Duration::ZERO)
     }
 }

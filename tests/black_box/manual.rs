@@ -4,7 +4,6 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use super::harness::{Room, nbdkit_differs, server_path, wait_for};
@@ -12,8 +11,7 @@ use super::harness::{Room, nbdkit_differs, server_path, wait_for};
 /// Puts a program that does not come with the system under the name that the manual has for it.
 fn program(room: &Room, name: &str, script: &str) -> OsString {
     fs::create_dir_all(room.path("bin")).expect("the room is empty");
-    let path = room.write(&format!("bin/{name}"), script);
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("it was just made");
+    room.script(&format!("bin/{name}"), script);
     let mut all = room.path("bin").into_os_string();
     all.push(":");
     all.push(std::env::var_os("PATH").unwrap_or_default());

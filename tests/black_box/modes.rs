@@ -5,7 +5,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Stdio;
@@ -15,7 +15,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
 use nix::unistd::{Pid, pipe2};
 
-use super::harness::{Launch, Room, Running, Witness, is_nbdkit, nbdkit_differs, program_name, server_path, wait_for};
+use super::harness::{
+    Launch, Room, Running, Witness, dead_socket, is_nbdkit, nbdkit_differs, program_name, server_path, settle, wait_for,
+};
 use super::raw_client::*;
 
 /// Gives the process `fd` as its descriptor `number`. Nobody else keeps it once `launch` is dropped.
@@ -207,6 +209,7 @@ mod single {
         stdin.write_all(&handshake()).expect("the server reads");
         replies.read_exact(&mut [0; 18 + 20]).expect("a greeting and a reply");
         drop(replies);
+        settle();
         // Either this request finds the reader gone, or the rest of the handshake's replies has.
         let _ = stdin.write_all(&read_request(1));
         running.finish().expect(1).expect_error_line(&[]);
@@ -612,13 +615,6 @@ mod paths {
         }
     }
 
-    /// Leaves a socket at which nobody answers. Another test may be starting a program just now, whose process holds a copy of
-    /// the listener until it has become that program.
-    fn dead_socket(path: &Path) {
-        drop(UnixListener::bind(path).expect("a socket in the room"));
-        wait_for("nobody to answer", || UnixStream::connect(path).is_err().then_some(()));
-    }
-
     /// E7: "nobody answers and it is a socket of our uid: take over"
     #[test]
     fn a_dead_socket_is_taken_over() {
@@ -951,8 +947,8 @@ mod resources {
         let how = "ulimit -n 24; exec \"$@\"";
         let mut running = under(&room, how, &["-f", "-U", "s", "memory", "1M"]).start();
         running.wait_until_listening(&room.path("s"));
-        let mut clients: Vec<_> = (0..30).map(|_| Client::connect(&room.path("s"))).collect();
         let start = Instant::now();
+        let mut clients: Vec<_> = (0..30).map(|_| Client::connect(&room.path("s"))).collect();
         let lines = |running: &Running| running.stderr().lines().filter(|line| line.contains("accept")).count();
         wait_for("the first line", || (lines(&running) >= 1).then_some(()));
         let before = ticks(running.pid());
@@ -1050,6 +1046,7 @@ mod resources {
         // A pipe that nobody reads any more.
         let (read, write) = pipe();
         drop(read);
+        settle();
         let mut launch = room.captive(["-v", "memory", "1M"], "nbdinfo --size \"$uri\" > size; exit 7");
         give(&mut launch, 1, write.try_clone().expect("a descriptor"));
         give(&mut launch, 2, write);
@@ -1164,13 +1161,14 @@ mod resources {
                     let room = Room::new();
                     let fault = format!("inject={calls}:error=EAGAIN:when={number}");
                     let mut running = with_faults(&room, &[&fault], "exec \"$@\"", arguments).start();
-                    let socket = room.path("s");
-                    // A later fault may not be met, and then there is a server.
-                    wait_for("the end, or a server", || {
-                        (running.has_ended() || UnixStream::connect(&socket).is_ok()).then_some(())
+                    // A later fault may not be met, and then there is a server: it has its pid file last of all. One that listens
+                    // may still fail.
+                    let pid = wait_for("the end, or a server", || {
+                        let pid = fs::read_to_string(room.path("pid")).ok().filter(|pid| pid.ends_with('\n'));
+                        let is_over = running.has_ended() && room.server_processes().is_empty();
+                        if pid.is_some() || is_over { Some(pid) } else { None }
                     });
-                    if !running.has_ended() || !room.server_processes().is_empty() {
-                        let pid = wait_for("the pid file", || fs::read_to_string(room.path("pid")).ok());
+                    if let Some(pid) = pid {
                         let pid = Pid::from_raw(pid.trim().parse().expect("a number"));
                         let _ = kill(pid, Signal::SIGTERM);
                         let _ = running.finish();
@@ -1199,11 +1197,7 @@ mod resources {
             return;
         }
         let room = Room::new();
-        // Where another user can read it.
-        fs::copy(server_path(), room.path(program_name())).expect("a copy in the room");
-        for path in ["", "tmp"] {
-            fs::set_permissions(room.path(path), fs::Permissions::from_mode(0o777)).expect("it is ours");
-        }
+        room.open_to_all();
         // A user of its own, so that nobody else's processes count.
         let mut launch = room.tool("setpriv", ["--reuid=61234", "--regid=61234", "--clear-groups"]);
         launch.args(["prlimit", "--nproc=1:1", &format!("./{}", program_name()), "memory", "1M", "--run", "touch ran"]);

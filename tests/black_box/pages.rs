@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nbdcaptive::cli::man::Manual;
@@ -153,8 +152,7 @@ fn every_example_of_a_plugin_or_filter_works() {
         for block in blocks.map(unescaped) {
             // A script that the example that follows runs.
             if !block.contains("nbdcaptive ") {
-                let script = room.write("disk.sh", format!("#!/bin/sh\n{block}\n"));
-                fs::set_permissions(script, fs::Permissions::from_mode(0o755)).expect("it is ours");
+                room.script("disk.sh", format!("#!/bin/sh\n{block}\n"));
                 continue;
             }
             if block.contains("nbdcaptive -f ") {

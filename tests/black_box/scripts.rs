@@ -2,7 +2,6 @@
 //! Source: nbdkit-sh-plugin(3), nbdkit-eval-plugin(1); nbdkit's tests/test-sh-*.sh and test-eval-*.sh.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
 use nix::sys::signal::Signal;
@@ -40,11 +39,6 @@ case "$1" in
 esac
 "#;
 
-fn script(room: &Room, name: &str, text: &str) {
-    let path = room.write(name, text);
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("the file is ours");
-}
-
 #[test]
 fn a_script_with_every_method_is_asked_as_by_nbdkit() {
     let operations = [
@@ -71,7 +65,7 @@ fn a_script_with_every_method_is_asked_as_by_nbdkit() {
     let calls = |arguments: &[&str]| {
         let rooms = std::cell::RefCell::new(Vec::new());
         let text = both(arguments, &operations, |room| {
-            script(room, "disk", DISK);
+            room.script("disk", DISK);
             rooms.borrow_mut().push(room.path("calls"));
         });
         (text, rooms)
@@ -80,7 +74,8 @@ fn a_script_with_every_method_is_asked_as_by_nbdkit() {
     assert!(text.contains("zero 30 10 fast: failed: ENOTSUP"), "{text}");
     assert!(text.contains("description 'of handle of false, second, false'"), "{text}");
     // As one who may only read.
-    let text = both(&["-r", "sh", "disk"], &["about", "read 0 10", "map 0 1048576"], |room| script(room, "disk", DISK));
+    let text =
+        both(&["-r", "sh", "disk"], &["about", "read 0 10", "map 0 1048576"], |room| drop(room.script("disk", DISK)));
     assert!(text.contains("is_read_only"), "{text}");
 }
 
@@ -96,7 +91,7 @@ fn the_words_of_each_call_are_nbdkits() {
     let (room, other) = (Room::new(), Room::new());
     let arguments = ["sh", "disk", "key=value"];
     for room in [&room, &other] {
-        script(room, "disk", DISK);
+        room.script("disk", DISK);
     }
     other.write("operate.py", super::both::OPERATE);
     other.nbdkit_captive(arguments, super::both::command(&operations)).run_to(0);
@@ -138,7 +133,7 @@ esac
     let mut operations: Vec<_> = (0..15).map(|number| format!("read {number} 1")).collect();
     operations.extend(["write 0 1 1".to_owned(), "zero 0 512".to_owned(), "write 0 65536 1".to_owned()]);
     let operations: Vec<_> = operations.iter().map(String::as_str).collect();
-    let text = both(&["sh", "errors"], &operations, |room| script(room, "errors", ERRORS));
+    let text = both(&["sh", "errors"], &operations, |room| drop(room.script("errors", ERRORS)));
     for line in
         ["read 0 1: failed: ENOMEM", "read 5 1: failed: EIO", "read 11 1: failed: EIO", "zero 0 512: failed: ENOSPC"]
     {
@@ -193,12 +188,12 @@ fn eval_knows_which_methods_are_there() {
 #[test]
 fn bad_configurations_are_one_line_and_status_1() {
     let room = Room::new();
-    script(&room, "errors", "#!/bin/sh\nexec sh ./$1.sh \"$@\"\n");
-    script(&room, "ok", "case \"$1\" in get_size) echo 0 ;; *) exit 2 ;; esac\n");
-    script(&room, "refuses", "case \"$1\" in config) echo EINVAL no such key $2 >&2; exit 1 ;; *) exit 2 ;; esac\n");
-    script(&room, "model", "case \"$1\" in thread_model) exit 1 ;; *) exit 2 ;; esac\n");
-    script(&room, "false", "exit 3\n");
-    script(&room, "late", "case \"$1\" in after_fork) echo too late >&2; exit 1 ;; *) exit 2 ;; esac\n");
+    room.script("errors", "#!/bin/sh\nexec sh ./$1.sh \"$@\"\n");
+    room.script("ok", "case \"$1\" in get_size) echo 0 ;; *) exit 2 ;; esac\n");
+    room.script("refuses", "case \"$1\" in config) echo EINVAL no such key $2 >&2; exit 1 ;; *) exit 2 ;; esac\n");
+    room.script("model", "case \"$1\" in thread_model) exit 1 ;; *) exit 2 ;; esac\n");
+    room.script("false", "exit 3\n");
+    room.script("late", "case \"$1\" in after_fork) echo too late >&2; exit 1 ;; *) exit 2 ;; esac\n");
     room.write("data", "exit 0\n");
     let refused = |arguments: &[&str], words: &[&str]| {
         let output = room.captive(arguments, "touch started").run_to(1);
@@ -228,8 +223,8 @@ fn bad_configurations_are_one_line_and_status_1() {
 #[test]
 fn the_script_tells_more_of_itself() {
     let room = Room::new();
-    script(&room, "disk", DISK);
-    script(&room, "more", "case \"$1\" in dump_plugin) echo extra=stuff ;; *) exit 2 ;; esac\n");
+    room.script("disk", DISK);
+    room.script("more", "case \"$1\" in dump_plugin) echo extra=stuff ;; *) exit 2 ;; esac\n");
     let text = room.server(["sh", "disk", "--dump-plugin"]).run_to(0).text().to_owned();
     assert!(text.contains("\nmax_thread_model=parallel\nthread_model=serialize_requests\n"), "{text}");
     assert!(text.contains("\nmagic_config_key=script\n"), "{text}");
@@ -245,7 +240,7 @@ fn the_script_tells_more_of_itself() {
 #[test]
 fn a_bare_value_is_the_scripts_own() {
     let magic = "case \"$1\" in magic_config_key) echo file ;; config) echo $2 $3 >> calls ;; get_size) echo 0 ;; *) exit 2 ;; esac\n";
-    let text = both(&["sh", "magic", "value", "other=1"], &["about"], |room| script(room, "magic", magic));
+    let text = both(&["sh", "magic", "value", "other=1"], &["about"], |room| drop(room.script("magic", magic)));
     assert!(text.contains("size 0"), "{text}");
 }
 
