@@ -8,12 +8,9 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{
-    CipherSuite, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, ServerConnection,
-    SignatureScheme,
-};
+use rustls::{CipherSuite, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme};
 
 use super::names::Revoked;
 use super::session::{Session, failed};
@@ -103,13 +100,14 @@ impl Certificates {
         // Nothing to come back with: a client is asked who it is each time. NBD clients stay for long.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = true;
         Ok(Certificates(Arc::new(config)))
     }
 }
 
 impl Acceptor for Certificates {
     fn accept(&self, transport: Box<dyn Transport>) -> Securing {
-        let records = ServerConnection::new(Arc::clone(&self.0));
+        let records = UnbufferedServerConnection::new(Arc::clone(&self.0));
         secure(records.map(Session::new).map_err(failed), transport)
     }
 }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `stream.rs` | a [`Transport`] over another, whatever seals and opens its records; the handshake |
 //! | `wire.rs` | sealed bytes on their way, in buffers that are given back at rest |
-//! | `session.rs` | a connection of rustls |
+//! | `session.rs` | a connection with certificates: rustls's handshake, then records |
+//! | `record_layer.rs` | sealing and opening with the keys that rustls makes |
 //! | `certificates.rs` | the server with certificates |
 //! | `servers.rs` | the client of servers with certificates |
 //! | `names.rs` | what certificates say of who has them; which of them were revoked |
@@ -25,6 +26,7 @@ mod keys;
 mod names;
 #[cfg(feature = "psk")]
 mod psk;
+mod record_layer;
 mod servers;
 mod session;
 mod stream;

@@ -4,12 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::client::{
+    Resumption, UnbufferedClientConnection, verify_server_cert_signed_by_trust_anchor, verify_server_name,
+};
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::SingleCertAndKey;
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use super::certificates::{CertificatesError, Part, own, provider, revoked, roots, wrong};
 use super::names::Revoked;
@@ -83,13 +85,14 @@ impl ServerCertificates {
             None => builder.with_no_client_auth(),
         };
         config.resumption = Resumption::disabled();
+        config.enable_secret_extraction = true;
         Ok(ServerCertificates { config: Arc::new(config), name })
     }
 }
 
 impl Connector for ServerCertificates {
     fn connect(&self, transport: Box<dyn Transport>) -> Securing {
-        let records = ClientConnection::new(Arc::clone(&self.config), self.name.clone());
+        let records = UnbufferedClientConnection::new(Arc::clone(&self.config), self.name.clone());
         secure(records.map(Session::new).map_err(failed), transport)
     }
 }

@@ -1,6 +1,6 @@
 //! Sealed bytes on their way: those that came and were not opened, and those that were sealed and not sent.
 
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read, Write};
 
 /// How much is received at a time, in bytes: several records, so that a system call is shared among them.
 const INCOMING: usize = 64 * 1024;
@@ -13,14 +13,25 @@ pub(super) struct Wire {
     start: usize,
     end: usize,
     outgoing: Vec<u8>,
-    /// How much of `outgoing` is gone.
+    /// What of `outgoing` is to be sent.
     sent: usize,
+    sealed: usize,
 }
 
 impl Wire {
     /// What came and was not opened.
     pub(super) fn unread(&self) -> &[u8] {
         &self.incoming[self.start..self.end]
+    }
+
+    /// As `unread`, to be opened where it is.
+    pub(super) fn unread_mut(&mut self) -> &mut [u8] {
+        &mut self.incoming[self.start..self.end]
+    }
+
+    /// `count` bytes at the front of what came were opened.
+    pub(super) fn used(&mut self, count: usize) {
+        self.start += count;
     }
 
     /// Room behind what came. Never empty: at most a record is not opened for want of its rest.
@@ -44,15 +55,28 @@ impl Wire {
 
     /// What was sealed and not sent.
     pub(super) fn unsent(&self) -> &[u8] {
-        &self.outgoing[self.sent..]
+        &self.outgoing[self.sent..self.sealed]
+    }
+
+    /// Room for `count` bytes behind what is to be sent, with anything in it.
+    pub(super) fn place(&mut self, count: usize) -> &mut [u8] {
+        let end = self.sealed + count;
+        if self.outgoing.len() < end {
+            self.outgoing.resize(end, 0);
+        }
+        &mut self.outgoing[self.sealed..end]
+    }
+
+    /// `count` bytes were put in their place.
+    pub(super) fn put(&mut self, count: usize) {
+        self.sealed += count;
     }
 
     /// `count` bytes have been sent.
     pub(super) fn went(&mut self, count: usize) {
         self.sent += count;
-        if self.sent == self.outgoing.len() {
-            self.outgoing.clear();
-            self.sent = 0;
+        if self.sent == self.sealed {
+            (self.sent, self.sealed) = (0, 0);
         }
     }
 
@@ -64,7 +88,7 @@ impl Wire {
         }
         if self.unsent().is_empty() {
             self.outgoing = Vec::new();
-            self.sent = 0;
+            (self.sent, self.sealed) = (0, 0);
         }
     }
 }
@@ -78,20 +102,16 @@ impl Read for Wire {
         }
         let count = unread.len().min(buffer.len());
         buffer[..count].copy_from_slice(&unread[..count]);
-        self.start += count;
+        self.used(count);
         Ok(count)
     }
 }
 
 impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.outgoing.extend_from_slice(bytes);
+        self.place(bytes.len()).copy_from_slice(bytes);
+        self.put(bytes.len());
         Ok(bytes.len())
-    }
-
-    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        slices.iter().for_each(|slice| self.outgoing.extend_from_slice(slice));
-        Ok(slices.iter().map(|slice| slice.len()).sum())
     }
 
     fn flush(&mut self) -> io::Result<()> {

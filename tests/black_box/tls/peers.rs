@@ -101,10 +101,16 @@ fn qemu_img_copies_in_and_out() {
 fn openssl_and_gnutls_speak_tls_1_2_and_1_3() {
     let room = Room::new();
     let pki = Pki::new(&room, "pki");
-    let openssl: [(Kind, &[&str], &str); 8] = [
+    let openssl: [(Kind, &[&str], &str); 10] = [
         (Kind::Certificates, &["-tls1_3"], "TLSv1_3 TLS13_AES_128_GCM_SHA256"),
         (Kind::Certificates, &["-tls1_3", "-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256"], "TLSv1_3 TLS13_CHACHA20"),
+        (Kind::Certificates, &["-tls1_3", "-ciphersuites", "TLS_AES_256_GCM_SHA384"], "TLSv1_3 TLS13_AES_256_GCM"),
         (Kind::Certificates, &["-tls1_2"], "TLSv1_2 TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"),
+        (
+            Kind::Certificates,
+            &["-tls1_2", "-cipher", "ECDHE-ECDSA-CHACHA20-POLY1305"],
+            "TLSv1_2 TLS_ECDHE_ECDSA_WITH_CHACHA20",
+        ),
         (Kind::Keys, &["-tls1_3"], "TLSv1.3 TLS_AES_128_GCM_SHA256"),
         (Kind::Keys, &["-tls1_2"], "TLSv1.2 DHE-PSK-AES128-GCM-SHA256"),
         (Kind::Keys, &["-tls1_2", "-cipher", "PSK-AES256-GCM-SHA384"], "TLSv1.2 PSK-AES256-GCM-SHA384"),
