@@ -119,3 +119,99 @@ impl Revoked {
 fn is_time(tag: Tag) -> bool {
     matches!(tag, Tag::UtcTime | Tag::GeneralizedTime)
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue, IsCa, Issuer, KeyPair};
+
+    use super::*;
+
+    fn issued(subject: DistinguishedName, issuer: DistinguishedName) -> Vec<u8> {
+        let mut authority = CertificateParams::default();
+        authority.distinguished_name = issuer;
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = Issuer::new(authority, KeyPair::generate().unwrap());
+        let mut own = CertificateParams::default();
+        own.distinguished_name = subject;
+        own.signed_by(&KeyPair::generate().unwrap(), &issuer).unwrap().der().to_vec()
+    }
+
+    fn name(parts: &[(DnType, &str)]) -> DistinguishedName {
+        let mut name = DistinguishedName::new();
+        parts.iter().for_each(|(kind, value)| name.push(kind.clone(), DnValue::Utf8String((*value).to_owned())));
+        name
+    }
+
+    fn subject(parts: &[(DnType, &str)]) -> String {
+        Names::of(&issued(name(parts), name(&[]))).unwrap().subject
+    }
+
+    /// Whatever is in a name, nobody can pass for somebody else by it.
+    #[test]
+    fn what_means_something_in_the_text_of_a_name_is_escaped() {
+        for (value, text) in [
+            ("a,b+c\"d\\e<f>g;h=i", r#"CN=a\,b\+c\"d\\e\<f\>g\;h=i"#),
+            ("CN=x,O=y", r"CN=CN=x\,O=y"),
+            (" front", r"CN=\ front"),
+            ("back ", r"CN=back\ "),
+            ("#hash", r"CN=\#hash"),
+            ("a#b c", "CN=a#b c"),
+            ("nul\0byte", r"CN=nul\00byte"),
+            ("line\nbreak\x7f", r"CN=line\0abreak\7f"),
+            ("Łódź ☃", "CN=Łódź ☃"),
+            ("", "CN="),
+        ] {
+            assert_eq!(subject(&[(DnType::CommonName, value)]), text);
+        }
+    }
+
+    #[test]
+    fn the_most_specific_part_is_first_and_a_name_may_have_none() {
+        let parts = [
+            (DnType::CountryName, "US"),
+            (DnType::OrganizationName, "Big, Co"),
+            (DnType::OrganizationalUnitName, "Ops"),
+            (DnType::CommonName, "x"),
+        ];
+        assert_eq!(subject(&parts), r"CN=x,OU=Ops,O=Big\, Co,C=US");
+        assert_eq!(subject(&[]), "");
+        let certificate = issued(name(&[]), name(&[(DnType::CommonName, "who signed")]));
+        assert_eq!(Names::of(&certificate).unwrap().issuer, "CN=who signed");
+    }
+
+    #[test]
+    fn what_has_no_text_is_shown_by_its_bytes() {
+        let odd = DnType::CustomDnType(vec![1, 2, 3, 4, 5]);
+        assert_eq!(subject(&[(odd, "odd")]), "1.2.3.4.5=#0c036f6464");
+        let mut wide = DistinguishedName::new();
+        wide.push(DnType::CommonName, DnValue::BmpString("a☃".try_into().unwrap()));
+        let names = Names::of(&issued(wide, name(&[]))).unwrap();
+        assert_eq!(names.subject, "2.5.4.3=#1e0400612603");
+    }
+
+    #[test]
+    fn other_texts_than_utf_8_are_read() {
+        let mut old = DistinguishedName::new();
+        old.push(DnType::OrganizationName, DnValue::TeletexString("tele".try_into().unwrap()));
+        old.push(DnType::StateOrProvinceName, DnValue::PrintableString("print".try_into().unwrap()));
+        old.push(DnType::CommonName, DnValue::Ia5String("ia5@x".try_into().unwrap()));
+        let names = Names::of(&issued(old, name(&[]))).unwrap();
+        assert_eq!(names.subject, "CN=ia5@x,ST=print,O=tele");
+    }
+
+    #[test]
+    fn what_is_no_certificate_has_no_names() {
+        let certificate = issued(name(&[(DnType::CommonName, "whole")]), name(&[]));
+        for end in 0..certificate.len() {
+            assert_eq!(Names::of(&certificate[..end]), None);
+        }
+        let mut random = fastrand::Rng::with_seed(3);
+        for _ in 0..2000 {
+            let mut changed = certificate.clone();
+            let at = random.usize(0..changed.len());
+            changed[at] = random.u8(..);
+            // Whatever it says now.
+            let _ = Names::of(&changed);
+        }
+    }
+}
