@@ -427,11 +427,12 @@ impl Remote {
         let Way::Command(words) = &self.way else { return error };
         let command = || self.command.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pid) = *command() else { return error };
-        // It has let go of its socket, and is about to be gone if it is not.
+        // Who ends lets go of its socket first, and takes as long for the rest as a busy machine lets it. Who let go of it
+        // on purpose, or has answered, may go on for ever.
         let deadline = Instant::now() + LEAVE[0];
         let ended = loop {
             match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) if Instant::now() < deadline => {
+                Ok(WaitStatus::StillAlive) if Instant::now() < deadline || kept::is_ending(pid) => {
                     Timer::after(Duration::from_millis(1)).await;
                 }
                 Ok(WaitStatus::StillAlive) => return error,
