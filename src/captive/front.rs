@@ -31,6 +31,8 @@ const SLACK: Duration = Duration::from_secs(1);
 /// our whole group, and the command, which has got the first then, may be about to end in a way of its own. Source: GNU
 /// coreutils timeout.c, `cleanup`.
 const GROUP_SIGNAL: Duration = Duration::from_millis(20);
+/// How long it is held back at most, where our parent is still running then: a busy machine may keep it from the second signal.
+const GROUP_SIGNAL_MOST: Duration = Duration::from_secs(1);
 /// A signal is a second request only this long after the first, as the Coordinator has it.
 const SECOND_SIGNAL: Duration = Duration::from_millis(250);
 
@@ -71,8 +73,7 @@ struct Front<'a> {
     /// Signals that this process got itself.
     got: Vec<i32>,
     outcome: Option<(i32, i32)>,
-    /// A signal from our parent, who sent it, and until when we wait for what shows that it was for the whole group.
-    held: Option<(i32, i32, Instant)>,
+    held: Option<Held>,
     /// It got a stop from us, and is to get its end from us too.
     stopped_command: bool,
     standing_by: Option<Instant>,
@@ -131,11 +132,21 @@ fn start<'a>(options: &'a Options, inherited: &'a Inherited, report: &'a Report)
     }))
 }
 
+/// A signal from our parent that is held back for what shows that it was for the whole group.
+#[derive(Clone, Copy)]
+struct Held {
+    number: i32,
+    sender: i32,
+    since: Instant,
+    /// When to look whether to wait any longer.
+    until: Instant,
+}
+
 impl Front<'_> {
     /// How long to wait for whatever comes.
     fn patience(&self) -> PollTimeout {
-        if let Some((_, _, until)) = self.held {
-            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        if let Some(held) = self.held {
+            let left = held.until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             return PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
         }
         match self.parent {
@@ -153,16 +164,23 @@ impl Front<'_> {
         }
     }
 
+    fn look_at_held(&mut self) {
+        let now = Instant::now();
+        let Some(held) = self.held.filter(|held| now >= held.until) else { return };
+        // Who waits for something has sent all that it was going to.
+        if tree::is_running(held.sender) && now.duration_since(held.since) < GROUP_SIGNAL_MOST {
+            self.held = Some(Held { until: now + GROUP_SIGNAL, ..held });
+        } else {
+            self.held = None;
+            self.say(Word::Signal(held.number));
+        }
+    }
+
     fn wait(mut self) -> i32 {
         loop {
             self.poll(self.patience());
             self.look_at_parent();
-            if let Some((number, _, until)) = self.held
-                && Instant::now() >= until
-            {
-                self.held = None;
-                self.say(Word::Signal(number));
-            }
+            self.look_at_held();
             self.hear();
             if let Some(status) = self.reap() {
                 // What it said last, and what has ended the command and was sent to us as well: both were there before the
@@ -251,7 +269,8 @@ impl Front<'_> {
                     self.report.debug(format_args!("received signal {number} from process {}", info.ssi_pid));
                     let sender = info.ssi_pid.cast_signed();
                     if self.held.is_none() && !typed && sender == nix::unistd::getppid().as_raw() {
-                        self.held = Some((number, sender, Instant::now() + GROUP_SIGNAL));
+                        let since = Instant::now();
+                        self.held = Some(Held { number, sender, since, until: since + GROUP_SIGNAL });
                     } else {
                         self.say(Word::Signal(number));
                     }
@@ -265,8 +284,8 @@ impl Front<'_> {
                 // The caller's shell must see that the job is stopped.
                 self.suffer(signal);
             }
-            Signal::SIGCONT if self.held.is_some_and(|(_, sender, _)| sender == info.ssi_pid.cast_signed()) => {
-                if let Some((number, ..)) = self.held.take() {
+            Signal::SIGCONT if self.held.is_some_and(|held| held.sender == info.ssi_pid.cast_signed()) => {
+                if let Some(Held { number, .. }) = self.held.take() {
                     self.report.debug(format_args!("signal {number} was for the whole group: the command has got it"));
                     self.say(Word::GroupSignal(number));
                 }

@@ -25,6 +25,7 @@ pub struct Process {
     parent: i32,
     started: u64,
     zombie: bool,
+    running: bool,
 }
 
 impl Process {
@@ -115,6 +116,11 @@ pub fn is_alive(process: &Process) -> bool {
     look_at(process.pid).is_some_and(|now| now.started == process.started && !now.zombie)
 }
 
+/// Whether it is running, or would if others were not: its leading thread, that is.
+pub fn is_running(pid: i32) -> bool {
+    look_at(pid).is_some_and(|process| process.running)
+}
+
 fn is_still(process: &Process) -> bool {
     // The parent may have changed: an orphan has a new one.
     look_at(process.pid).is_some_and(|now| now.started == process.started)
@@ -133,7 +139,8 @@ fn look_at(pid: i32) -> Option<Process> {
     let has_terminal = fields.next()? != "0";
     // The start time is the 22nd field of all; two are before the name's end and five were taken.
     let started = fields.nth(14)?.parse().ok()?;
-    Some(Process { pid, session, parent, has_terminal, started, zombie: matches!(state, "Z" | "X") })
+    let (zombie, running) = (matches!(state, "Z" | "X"), state == "R");
+    Some(Process { pid, session, parent, has_terminal, started, zombie, running })
 }
 
 /// Numbers and names of processes, for people.
