@@ -38,6 +38,10 @@ use super::raw_client::Client;
 /// How long a test waits for what must come. Long, because the machine may be busy; a test that passes never waits so long.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
+/// How long a program may take that was started, from when a test waits for its end. Longer, because a client may have much to do
+/// and get little of a machine's time for it.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
 /// The variable that marks all processes of a room.
 const MARK: &str = "NBDCAPTIVE_TEST_MARK";
 
@@ -544,7 +548,7 @@ impl Running {
     pub fn finish(mut self) -> Output {
         let start = Instant::now();
         while !self.has_ended() {
-            if start.elapsed() > DEADLINE {
+            if start.elapsed() > PATIENCE {
                 panic!("{}: does not end; stderr so far: {}", self.what, self.stderr());
             }
             thread::sleep(Duration::from_millis(1));
