@@ -636,7 +636,7 @@ fn carry_out(
     out: &mut Segments,
 ) -> Result<()> {
     let offered = &agreement.offered;
-    let native = |fua: bool| Flags { fua: fua && offered.fua == Support::Native, ..Flags::default() };
+    let native = |fua: bool| Flags { fua: fua && offered.fua.is_own(), ..Flags::default() };
     let mut flush_after = false;
     if let Command::Write { fua: true, .. } | Command::Trim { fua: true, .. } | Command::WriteZeroes { fua: true, .. } =
         command
@@ -703,7 +703,7 @@ fn carry_out(
             zero(device, offered, length, offset, flags, call)?;
             flush_after = fua;
         }
-        Command::Cache { offset, length } if offered.cache == Support::Native => device.cache(length, offset, call)?,
+        Command::Cache { offset, length } if offered.cache.is_own() => device.cache(length, offset, call)?,
         Command::Cache { offset, length } => read_through(device, offered, length, offset, call)?,
         Command::Nothing | Command::NarrowBlockStatus { .. } => {}
     }
@@ -723,7 +723,7 @@ pub(crate) fn zero(
     flags: Flags,
     call: &Call,
 ) -> Result<()> {
-    if offered.zero == Support::Native {
+    if offered.zero.is_own() {
         match device.zero(length, offset, flags, call) {
             Err(Error::Failed { code: ErrorCode::NotSupported, .. }) if !flags.fast => {}
             done => return done,

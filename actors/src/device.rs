@@ -111,7 +111,7 @@ impl Call {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
     /// `NBD_CMD_FLAG_FUA`: the effect is on stable storage before the call returns.
-    /// Set only where [`Capabilities::fua`] is [`Support::Native`].
+    /// Set only where [`Capabilities::fua`] is the device's own ([`Support::is_own`]).
     pub fua: bool,
     /// Zero only: the range may become a hole (the client did not send `NBD_CMD_FLAG_NO_HOLE`).
     pub may_trim: bool,
@@ -128,8 +128,29 @@ pub enum Support {
     None,
     /// Offered; the Backend makes it of other calls (FUA: a flush after; cache: a read; zero: writes).
     Emulate,
+    /// Offered; the device's own method does it, and does no more than [`Support::Emulate`] says. What passes requests on to a
+    /// device that has it done for it says this: it is called as one that does it itself, and who makes many requests of one
+    /// knows that it is cheaper done once. The difference is none to a client.
+    Emulated,
     /// Offered; the device's own method does it.
     Native,
+}
+
+impl Support {
+    /// Whether the device's own method is called for it.
+    pub fn is_own(self) -> bool {
+        matches!(self, Support::Emulated | Support::Native)
+    }
+
+    /// Whether it is made of other calls, no matter by whom.
+    pub fn is_emulated(self) -> bool {
+        matches!(self, Support::Emulate | Support::Emulated)
+    }
+
+    /// As it is to those in front of the one that has it done, if that is what is needed.
+    pub fn done(self) -> Support {
+        if self == Support::Emulate { Support::Emulated } else { self }
+    }
 }
 
 /// The block sizes of a device, in bytes. Source: NBD proto.md "Block size constraints".
@@ -153,7 +174,7 @@ pub struct Capabilities {
     pub flush: bool,
     /// `trim` works.
     pub trim: bool,
-    /// How zeroes are written. `Native` falls back to writes where `zero` returns [`ErrorCode::NotSupported`].
+    /// How zeroes are written. The device's own falls back to writes where `zero` returns [`ErrorCode::NotSupported`].
     pub zero: Support,
     /// `zero` honours [`Flags::fast`]. Offered also where zero is emulated: it then always says "not supported".
     pub fast_zero: bool,
@@ -234,7 +255,7 @@ pub trait Device: Send + Sync {
         Err(Error::not_supported("trim is not supported"))
     }
 
-    /// Makes `length` bytes at `offset` read as zeroes. Called only with [`Support::Native`] zeroes.
+    /// Makes `length` bytes at `offset` read as zeroes. Called only with zeroes of its own ([`Support::is_own`]).
     /// With [`ErrorCode::NotSupported`] nothing was changed, and the Backend writes zeroes instead (unless
     /// [`Flags::fast`]).
     fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
@@ -242,7 +263,7 @@ pub trait Device: Send + Sync {
         Err(Error::not_supported("zero is not supported"))
     }
 
-    /// Brings `length` bytes at `offset` near. Called only with [`Support::Native`] cache. The default has all near.
+    /// Brings `length` bytes at `offset` near. Called only with a cache of its own ([`Support::is_own`]). The default has all near.
     fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
         let _ = (length, offset, call);
         Ok(())

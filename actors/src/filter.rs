@@ -242,7 +242,7 @@ impl Next {
 impl Whole {
     /// Does what is to be durable when it returns.
     fn durably(&self, flags: Flags, call: &Call, change: impl FnOnce(Flags) -> Result<()>) -> Result<()> {
-        change(Flags { fua: flags.fua && self.offered.fua == Support::Native, ..flags })?;
+        change(Flags { fua: flags.fua && self.offered.fua.is_own(), ..flags })?;
         if flags.fua && self.offered.fua == Support::Emulate {
             return self.next.flush(call);
         }
@@ -260,9 +260,8 @@ impl Filter for Whole {
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
-        let whole = |support| if support == Support::Emulate { Support::Native } else { support };
         let Capabilities { zero, fua, cache, .. } = self.offered;
-        Ok(Capabilities { zero: whole(zero), fua: whole(fua), cache: whole(cache), ..self.offered })
+        Ok(Capabilities { zero: zero.done(), fua: fua.done(), cache: cache.done(), ..self.offered })
     }
 
     fn write(&self, data: &[u8], offset: u64, flags: Flags, call: &Call) -> Result<()> {
@@ -288,7 +287,7 @@ impl Filter for Whole {
 
     fn cache(&self, length: u64, offset: u64, call: &Call) -> Result<()> {
         match self.offered.cache {
-            Support::Native => self.next.cache(length, offset, call),
+            own if own.is_own() => self.next.cache(length, offset, call),
             _ => backend::read_through(&*self.next, &self.offered, length, offset, call),
         }
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nbdcaptive_actors::device::{
     BlockSize, Blocks, Call, Capabilities, Device, Error, ErrorCode, Exports, Extents, Flags, Result, Segments,
-    Support, ThreadModel,
+    ThreadModel,
 };
 use nbdcaptive_actors::filter::{self, Filtered, Next};
 
@@ -211,7 +211,7 @@ impl Disk {
     /// Makes the calls that a change consists of; a flush at the end does for all of them, where that is how they are made
     /// durable.
     fn durably(&self, flags: Flags, call: &Call, change: impl FnOnce(Flags) -> Result<()>) -> Result<()> {
-        if !flags.fua || self.next.offered().fua != Support::Emulate {
+        if !flags.fua || !self.next.offered().fua.is_emulated() {
             return change(flags);
         }
         change(Flags { fua: false, ..flags })?;

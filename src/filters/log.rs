@@ -265,7 +265,12 @@ impl Disk {
 
     fn log_connect(&self, client: &Client) {
         let offered = self.next.offered();
-        let support = |support: Support| support as u8;
+        // nbdkit's numbers, NBDKIT_FUA_NONE and so on.
+        let support = |support: Support| match support {
+            Support::None => 0,
+            Support::Emulate | Support::Emulated => 1,
+            Support::Native => 2,
+        };
         let [minimum, preferred, maximum] =
             offered.block_size.map_or([0; 3], |sizes| [sizes.minimum, sizes.preferred, sizes.maximum]);
         self.line(

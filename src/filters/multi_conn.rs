@@ -276,7 +276,7 @@ impl Gate for Disk {
         };
         // What this connection forces the others do not see: a flush of them all does.
         let fua = match next.fua {
-            Support::Native if self.mode == Mode::Emulate => Support::Emulate,
+            Support::Emulated | Support::Native if self.mode == Mode::Emulate => Support::Emulate,
             fua => fua,
         };
         Ok(Capabilities { multi_conn, fua, ..next })

@@ -179,7 +179,7 @@ fn finish(opened: &Opened, flags: Flags, call: &Call) -> Result<()> {
 
 /// The flags that a device understands.
 fn understood(opened: &Opened, flags: Flags) -> Flags {
-    Flags { fua: flags.fua && opened.capabilities.fua == Support::Native, ..flags }
+    Flags { fua: flags.fua && opened.capabilities.fua.is_own(), ..flags }
 }
 
 impl RetryDevice {
@@ -378,14 +378,14 @@ impl Device for RetryDevice {
     fn zero(&self, length: u64, offset: u64, flags: Flags, call: &Call) -> Result<()> {
         self.retry_change(length, offset, |opened| {
             let capabilities = opened.capabilities;
-            if flags.fast && !(capabilities.fast_zero && capabilities.zero == Support::Native) {
+            if flags.fast && !(capabilities.fast_zero && capabilities.zero.is_own()) {
                 return Err(Failure::Final(Error::not_supported("the device has no fast zeroes any more")));
             }
             match capabilities.zero {
                 _ if !capabilities.write => return Err(Failure::Again(read_only())),
                 Support::None => return Err(Failure::Again(read_only())),
                 Support::Emulate => return Err(Failure::Final(Error::not_supported("zeroes have to be written"))),
-                Support::Native => {}
+                Support::Emulated | Support::Native => {}
             }
             fua_works(opened, flags)?;
             match opened.device.zero(length, offset, understood(opened, flags), call) {
@@ -401,7 +401,7 @@ impl Device for RetryDevice {
             Support::None => Err(lacking(ErrorCode::Io, "the device cannot prefetch any more")),
             // A hint, with which it can do nothing.
             Support::Emulate => Ok(()),
-            Support::Native => Ok(opened.device.cache(length, offset, call)?),
+            Support::Emulated | Support::Native => Ok(opened.device.cache(length, offset, call)?),
         })
     }
 

@@ -203,7 +203,7 @@ impl Config {
         let fua = match device.fua {
             Support::None => false,
             Support::Emulate => device.flush,
-            Support::Native => true,
+            Support::Emulated | Support::Native => true,
         };
         let several = device.multi_conn && self.model != ThreadModel::SerializeConnections;
         [

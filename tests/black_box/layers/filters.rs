@@ -101,6 +101,36 @@ fn blocksize_takes_requests_of_any_size() {
     same_refusal(&["memory", "1M", "--filter=blocksize", "minblock=4k", "maxdata=6k"]);
 }
 
+/// "If the plugin emulates FUA, a flush once at the end is cheaper": what is emulated is known to be so by every filter in
+/// front, also by one behind a filter that changes nothing.
+#[test]
+fn what_is_emulated_is_seen_to_be_so_through_other_filters() {
+    let logged = |mode: &str, operation: &str| {
+        let room = Room::new();
+        let filters = ["--filter=blocksize", "--filter=log", "--filter=swab", "--filter=fua", "memory", "1M"];
+        let arguments = [&filters[..], &["swab-bits=8", "maxdata=4k", "maxlen=4k", "logfile=log", mode]].concat();
+        answers_in(&room, &arguments, &[operation]);
+        let text = std::fs::read_to_string(room.path("log")).expect("it was written");
+        let requests = || text.lines().filter(|line| line.ends_with("..."));
+        let count = |word: &str| requests().filter(|line| line.contains(word)).count();
+        (count("fua=1"), count(" Flush "))
+    };
+    for operation in ["write 65536x01 0 fua", "zero 65536 0 fua", "trim 65536 0 fua"] {
+        let [emulated, native] = ["emulate", "native"].map(|mode| logged(&format!("fuamode={mode}"), operation));
+        assert_eq!((emulated.0, native.0), (0, 16), "{operation}");
+        // Beside what there is at the end of every connection.
+        assert_eq!(emulated.1, native.1 + 1, "{operation}");
+    }
+    // "Scan ... needs a plugin which supports NBD_CMD_CACHE": one that reads the data for it, and drops it, does not.
+    let warned = |mode: &str| {
+        let arguments = ["--filter=scan", "--filter=log", "--filter=nocache", "memory", "1M", "logfile=log", mode];
+        let output = Room::new().captive([&arguments[..], &["-v"]].concat(), "nbdinfo \"$uri\" > info").run_to(0);
+        output.stderr.contains("does not support NBD_CMD_CACHE")
+    };
+    assert!(warned("cachemode=emulate"));
+    assert!(!warned("cachemode=nop"));
+}
+
 #[test]
 fn blocksize_policy_states_sizes_and_refuses_what_breaks_them() {
     let sizes = ["blocksize-minimum=512", "blocksize-preferred=64k", "blocksize-maximum=1M"];
