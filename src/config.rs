@@ -180,6 +180,12 @@ fn is_path(word: &str) -> bool {
     word.contains(['/', '.'])
 }
 
+/// Whether a package may be named after a layer of this name. Source: nbdkit server/main.c `is_possible_package_name`.
+fn is_package_name(word: &[u8]) -> bool {
+    word.first().is_some_and(u8::is_ascii_alphabetic)
+        && word.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(byte))
+}
+
 fn known<T>(
     kind: &str,
     word: &OsStr,
@@ -195,13 +201,20 @@ fn known<T>(
             Some(near) => format!("did you mean '{near}'?"),
             None => format!("there are: {}", names.join(", ")),
         };
+        // As nbdkit says it, for those who know one of nbdkit's from another machine.
+        let package = match near {
+            None if is_package_name(word.as_bytes()) => {
+                format!("; nbdkit itself may have it, in a package nbdkit-{shown}-{kind} (Fedora) or nbdkit-{kind}-{shown} (Debian)")
+            }
+            _ => String::new(),
+        };
         let why = match word.to_str() {
             Some(word) if is_path(word) && kind == "plugin" && !word.ends_with(".so") => {
                 format!("{kind}s are built in and not loaded from files; to serve a script use 'sh {shown}'")
             }
             Some(word) if is_path(word) => format!("{kind}s are built in and not loaded from files, {hint}"),
             // By the name of the file that nbdkit would have looked for.
-            _ => format!("nbdkit-{shown}-{kind}: no such {kind}, {hint}"),
+            _ => format!("nbdkit-{shown}-{kind}: no such {kind}, {hint}{package}"),
         };
         ConfigError(format!("cannot open {kind} \"{shown}\": {why}"))
     })
@@ -244,6 +257,9 @@ mod tests {
             refused("bad\r", None)
                 .starts_with("cannot open plugin \"bad\\r\": nbdkit-bad\\r-plugin: no such plugin, there are: data, ")
         );
+        assert!(refused("vddk", None).ends_with(
+            "; nbdkit itself may have it, in a package nbdkit-vddk-plugin (Fedora) or nbdkit-plugin-vddk (Debian)"
+        ));
         assert!(refused("./nbdkit-foo-plugin.so", None).starts_with(
             "cannot open plugin \"./nbdkit-foo-plugin.so\": plugins are built in and not loaded from files, there are: "
         ));

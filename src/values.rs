@@ -129,10 +129,17 @@ fn in_full<T>(what: &str, text: &str, fit: impl FnOnce(&Number<'_>) -> Option<T>
     }
 }
 
-/// A decimal fraction as `scanf("%lg")` finds it at the start of a text, and what follows. Infinity, not-a-number and
-/// hexadecimal fractions are left out: nbdkit refuses the first two later, and takes the third by accident.
+/// A fraction as `scanf("%lg")` finds it at the start of a text, and what follows: decimal, or hexadecimal as C has it (`0x1.8`,
+/// `0x1p-3`). Infinity and not-a-number are left out: nbdkit refuses them later.
 pub(crate) fn fraction(text: &str) -> Option<(f64, &str)> {
     let text = text.trim_start_matches(SPACE);
+    let unsigned = text.trim_start_matches(['+', '-']);
+    if let Some(digits) = unsigned.strip_prefix("0x").or_else(|| unsigned.strip_prefix("0X"))
+        && text.len() - unsigned.len() <= 1
+    {
+        let (value, rest) = hexadecimal_fraction(digits)?;
+        return Some((if text.starts_with('-') { -value } else { value }, rest));
+    }
     let digits = |from: usize| text[from..].bytes().take_while(u8::is_ascii_digit).count();
     let sign = usize::from(text.starts_with(['+', '-']));
     let whole = digits(sign);
@@ -156,7 +163,34 @@ pub(crate) fn fraction(text: &str) -> Option<(f64, &str)> {
     Some((text[..end].parse().ok()?, &text[end..]))
 }
 
-/// A delay: a decimal fraction and a unit, `s` (also without any), `ms`, `us` or `μs`, `ns`. At most 2^32-1 seconds.
+/// What follows `0x`: digits, of which some may be behind a point, and a power of two.
+fn hexadecimal_fraction(text: &str) -> Option<(f64, &str)> {
+    let whole = text.bytes().take_while(u8::is_ascii_hexdigit).count();
+    let part = match text[whole..].strip_prefix('.') {
+        Some(part) => 1 + part.bytes().take_while(u8::is_ascii_hexdigit).count(),
+        None => 0,
+    };
+    let (digits, rest) = text.split_at(whole + part);
+    let places = part.saturating_sub(1);
+    if whole + places == 0 {
+        return None;
+    }
+    let value =
+        digits.chars().filter_map(|digit| digit.to_digit(16)).fold(0.0, |value, digit| value * 16.0 + f64::from(digit));
+    let value = value * 16f64.powi(-i32::try_from(places).ok()?);
+    let Some(power) = rest.strip_prefix(['p', 'P']) else { return Some((value, rest)) };
+    let sign = usize::from(power.starts_with(['+', '-']));
+    let count = power[sign..].bytes().take_while(u8::is_ascii_digit).count();
+    if count == 0 {
+        return Some((value, rest));
+    }
+    let (power, rest) = power.split_at(sign + count);
+    // Beyond that it is infinite, or nothing.
+    let power = power.parse().unwrap_or(if power.starts_with('-') { -9999 } else { 9999 });
+    Some((value * 2f64.powi(power), rest))
+}
+
+/// A delay: a fraction and a unit, `s` (also without any), `ms`, `us` or `μs`, `ns`. At most 2^32-1 seconds.
 pub fn delay(what: &str, text: &str) -> Result<Duration, String> {
     let seconds = fraction(text).and_then(|(number, unit)| match unit {
         "" | "s" => Some(number),
@@ -307,6 +341,10 @@ mod tests {
             ("7μs", Duration::from_micros(7)),
             ("9ns", Duration::from_nanos(9)),
             ("4294967295", Duration::from_secs(u64::from(u32::MAX))),
+            ("0x10", Duration::from_secs(16)),
+            ("+0X1.8s", Duration::from_millis(1500)),
+            ("0x1p-2", Duration::from_millis(250)),
+            ("0x.8p1ms", Duration::from_millis(1)),
         ] {
             assert_eq!(delay("timeout", text), Ok(expected), "{text}");
         }
@@ -325,7 +363,13 @@ mod tests {
             "1e999",
             "4294967296",
             "e5",
-            "0x1",
+            "0x",
+            "0xg",
+            "0x.",
+            "0x1p",
+            "-0x1",
+            "0x1p9999",
+            "++1",
             "1e+",
         ] {
             assert_eq!(delay("timeout", text), Err(format!("timeout: could not parse delay or sleep: \"{text}\"")));
@@ -334,9 +378,16 @@ mod tests {
 
     #[test]
     fn a_probability_is_a_fraction_a_percentage_or_a_ratio() {
-        for (text, expected) in
-            [("0", 0.0), ("1e-3", 0.001), ("10%", 0.1), ("1:10", 0.1), ("1/ 4", 0.25), ("0/0", 0.0), ("200%", 2.0)]
-        {
+        for (text, expected) in [
+            ("0", 0.0),
+            ("1e-3", 0.001),
+            ("10%", 0.1),
+            ("1:10", 0.1),
+            ("1/ 4", 0.25),
+            ("0/0", 0.0),
+            ("200%", 2.0),
+            ("0x1/0X10", 0.0625),
+        ] {
             assert_eq!(probability("error-rate", text), Ok(expected), "{text}");
         }
         for text in ["", "%", "-1", "-0", "1/0", "1:", "1:2:3", "1::2", "nan", "inf", "10%%", "1 %", "-1:2"] {
