@@ -3,48 +3,52 @@
 
 use std::ops::Range;
 
+use slabs::Piece;
+
+mod slabs;
+
 /// Bytes of a [`Block`].
 pub const BLOCK: usize = 32 * 1024;
 
 /// [`BLOCK`] bytes, or what is left when they were taken: nothing.
-// A slice and not an array, which could be allocated neither without a detour over the stack nor without aborting where there
-// is no memory.
 #[derive(Default)]
-pub struct Block(Box<[u8]>);
+pub struct Block(Option<Piece>);
 
 impl Block {
     /// A block of three parts, which are [`BLOCK`] bytes together; what is missing is zero, and what is too much is left out.
     /// `None`: no memory.
     pub fn of(before: &[u8], data: &[u8], after: &[u8]) -> Option<Block> {
-        let mut bytes = Vec::new();
-        bytes.try_reserve_exact(BLOCK).ok()?;
+        let mut piece = Piece::take()?;
+        let mut rest = piece.bytes_mut();
         for part in [before, data, after] {
-            bytes.extend_from_slice(&part[..part.len().min(BLOCK - bytes.len())]);
+            let (place, behind) = rest.split_at_mut(part.len().min(rest.len()));
+            place.copy_from_slice(&part[..place.len()]);
+            rest = behind;
         }
-        bytes.resize(BLOCK, 0);
-        Some(Block(bytes.into_boxed_slice()))
+        rest.fill(0);
+        Some(Block(Some(piece)))
     }
 
     /// All of it.
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        self.0.as_ref().map_or(&[], Piece::bytes)
     }
 
     /// All of it, to be changed.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.0
+        self.0.as_mut().map_or(&mut [], Piece::bytes_mut)
     }
 }
 
 impl AsRef<[u8]> for Block {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        self.bytes()
     }
 }
 
 impl std::fmt::Debug for Block {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Block").field("length", &self.0.len()).finish()
+        f.debug_struct("Block").field("length", &self.bytes().len()).finish()
     }
 }
 
@@ -73,7 +77,7 @@ impl Blocks {
         mut take: impl FnMut() -> Option<Block>,
     ) -> Option<()> {
         for block in self.blocks.iter_mut().skip((self.start + filled) / BLOCK).take(count) {
-            if block.0.is_empty() {
+            if block.0.is_none() {
                 *block = take()?;
             }
         }
@@ -106,7 +110,7 @@ impl Blocks {
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = Vec::with_capacity(self.length);
         for (number, block) in self.blocks.iter().enumerate() {
-            all.extend_from_slice(&block.0[part(number, self.start, self.start + self.length)]);
+            all.extend_from_slice(&block.bytes()[part(number, self.start, self.start + self.length)]);
         }
         all
     }
@@ -114,10 +118,10 @@ impl Blocks {
     /// The memory behind the first `filled` bytes of data, piece by piece, as far as there is any.
     pub(crate) fn rest(&mut self, filled: usize) -> impl Iterator<Item = &mut [u8]> {
         let from = self.start + filled;
-        let there = self.parts().skip(from / BLOCK).take_while(|(block, _)| !block.0.is_empty());
+        let there = self.parts().skip(from / BLOCK).take_while(|(block, _)| block.0.is_some());
         there.enumerate().map(move |(number, (block, part))| {
             let start = if number == 0 { from % BLOCK } else { part.start };
-            &mut block.0[start.min(part.end)..part.end]
+            &mut block.bytes_mut()[start.min(part.end)..part.end]
         })
     }
 

@@ -27,7 +27,7 @@
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
 //! | `connection.rs` | what a device may know of the connection it serves, and wait for |
-//! | `blocks.rs` | memory that a large write is received into and that a device may keep |
+//! | `blocks.rs`, `blocks/slabs.rs` | memory that a large write is received into and that a device may keep; where it comes from |
 //! | `world.rs` | time and threads: the system's, or a simulation's |
 //! | `simulation.rs` | time that stands still, for tests (feature `simulation`) |
 //! | `log.rs` | lines for people |
