@@ -17,7 +17,7 @@ use crate::transport::Transport;
 
 /// The most plain bytes in one record. Source: RFC 8446 section 5.1.
 pub(super) const RECORD: usize = 16 * 1024;
-/// How many plain bytes are sealed before any are sent, at most: as many as keep the client busy opening them meanwhile.
+/// How many plain bytes are sealed before any are sent, to a record: as many as keep the client busy opening them meanwhile.
 const SEAL: usize = 4 * RECORD;
 /// How many slices are sealed at a time.
 const SLICES: usize = 64;
@@ -196,11 +196,12 @@ impl<R: Records> Stream<R> {
         for slice in slices {
             let rest = slice.get(skip..).unwrap_or_default();
             skip = skip.saturating_sub(slice.len());
-            let rest = &rest[..rest.len().min(left)];
+            // Not cut but between two records: what is left of a large slice would need one more.
+            let rest = &rest[..rest.len().min(left.next_multiple_of(RECORD))];
             if rest.is_empty() {
                 continue;
             }
-            left -= rest.len();
+            left = left.saturating_sub(rest.len());
             few[count] = IoSlice::new(rest);
             count += 1;
             if left == 0 || count == SLICES {

@@ -5,7 +5,7 @@ use std::fs;
 use super::gate::{Gate, gnutls_cli, s_client, through};
 use super::pki::{Algorithm, OTHER, Pki, USER};
 use super::{KINDS, Kind, Room, serve, wait_for_word};
-use crate::harness::free_port;
+use crate::harness::{free_port, wait_for};
 use crate::raw_client::*;
 
 const MIB: usize = 1 << 20;
@@ -148,6 +148,30 @@ fn openssl_and_gnutls_speak_tls_1_2_and_1_3() {
     }
 }
 
+/// openssl takes single letters as orders: one to change its own keys, and one to have the server's changed, too.
+#[test]
+fn a_client_may_change_keys_in_the_middle() {
+    let room = Room::new();
+    let pki = Pki::new(&room, "pki");
+    for kind in KINDS {
+        let server = serve(&room, &pki, kind, &["--tls=require", "memory", "1M"]);
+        let gate = Gate::open(&server.socket);
+        let (mut client, running) = through(s_client(&room, &gate, &pki, kind, &["-tls1_3", "-no_ign_eof"]));
+        client.go(b"");
+        for (round, order) in [b"k\n", b"K\n", b"K\n", b"k\n"].into_iter().enumerate() {
+            client.send(order);
+            wait_for("the order", || (running.stderr().matches("KEYUPDATE").count() > round).then_some(()));
+            let bytes = data(700 + round);
+            assert_eq!(client.write(0, 77, &bytes), NBD_SUCCESS, "{kind:?}");
+            assert!(client.read(77, bytes.len() as u64) == bytes, "{kind:?}");
+        }
+        client.disconnect();
+        drop(running);
+        let output = server.terminate().expect(0);
+        assert!(!output.stderr.contains(" error: "), "{output:#?}");
+    }
+}
+
 #[test]
 fn nbd_client_lists_with_certificates() {
     let room = Room::new();
@@ -155,7 +179,7 @@ fn nbd_client_lists_with_certificates() {
     let port = free_port();
     let mut server = room.server(["-f", "-v", "--tls=require", "--tls-verify-peer", "-i", "localhost", "-p", &port]);
     let running = server.args([pki.option(Kind::Certificates).as_str(), "memory", "1M"]).start();
-    crate::harness::wait_for("the port", || std::net::TcpStream::connect(("localhost", port.parse().ok()?)).ok());
+    wait_for("the port", || std::net::TcpStream::connect(("localhost", port.parse().ok()?)).ok());
     let (ca, certificate, key) = (pki.file("ca-cert.pem"), pki.file("client-cert.pem"), pki.file("client-key.pem"));
     let arguments = [
         "-l",
