@@ -505,6 +505,30 @@ struct Unsynced {
     range: Range<u64>,
 }
 
+/// The last places where data was found, so that whoever reads there is not made to wait for another look. As many as a copy
+/// has in hand at a time, by the map of one stretch.
+#[derive(Debug, Default)]
+struct KnownData {
+    places: [Range<u64>; 16],
+    next: usize,
+}
+
+impl KnownData {
+    fn add(&mut self, data: Range<u64>) {
+        let meets = |place: &Range<u64>| !place.is_empty() && place.start <= data.end && data.start <= place.end;
+        let seen = self.places.iter().position(meets);
+        let at = seen.unwrap_or(self.next);
+        if seen.is_none() {
+            self.next = (self.next + 1) % self.places.len();
+        }
+        self.places[at] = data;
+    }
+
+    fn covers(&self, length: usize, offset: u64) -> bool {
+        self.places.iter().any(|place| place.contains(&offset) && place.end - offset >= length as u64)
+    }
+}
+
 /// One client's open file.
 struct OpenFile {
     file: Arc<fs::File>,
@@ -515,8 +539,8 @@ struct OpenFile {
     extents: bool,
     /// There may be some. Relaxed: a read that misses a hole gives its zeroes.
     may_have_holes: AtomicBool,
-    /// Where the last large read found data. A hole that is made there later may be read as data as well.
-    data: Mutex<Range<u64>>,
+    /// A hole that is made there later may be read as data as well.
+    data: Mutex<KnownData>,
     /// Every read is a copy. Not for block devices, whose name is in a tmpfs but not their data.
     in_memory: bool,
     /// `cache=none`.
@@ -587,8 +611,24 @@ impl OpenFile {
         self.may_have_holes.load(Ordering::Relaxed) && {
             // Whoever has it is about to know it better.
             let data = self.data.try_lock();
-            !data.is_ok_and(|data| data.contains(&offset) && data.end - offset >= length as u64)
+            !data.is_ok_and(|data| data.covers(length, offset))
         }
+    }
+
+    /// What a client has asked the map of, it reads next.
+    fn learn(&self, data: Range<u64>) {
+        if let Ok(mut known) = self.data.lock() {
+            known.add(data);
+        }
+    }
+
+    /// Has the reply sent from the page cache, if that is worth it and all of it is there.
+    fn send_from_cache(&self, reply: &mut Segments, length: usize, offset: u64) -> bool {
+        let can = length >= SEND_FROM_CACHE && self.unsynced.is_none() && self.is_cached(length, offset);
+        if can {
+            reply.file(Arc::clone(&self.file), offset, length);
+        }
+        can
     }
 
     /// Reads only what is there, and gives zeroes for holes.
@@ -613,12 +653,13 @@ impl OpenFile {
                 break;
             }
             let hole = seek(SeekFrom::Hole(data), "SEEK_HOLE", data)?.unwrap_or(data);
-            if let Ok(mut known) = self.data.lock() {
-                *known = data..hole;
-            }
+            self.learn(data..hole);
             // Data that went away in between is read as it is now.
             at = if hole > data { hole.min(end) } else { end };
-            self.read(reply.space((at - data) as usize), data, call)?;
+            let length = (at - data) as usize;
+            if !self.send_from_cache(reply, length, data) {
+                self.read(reply.space(length), data, call)?;
+            }
         }
         Ok(())
     }
@@ -799,8 +840,8 @@ impl Device for OpenFile {
             }
             return self.read_round_holes(reply, length, offset, call);
         }
-        if length >= SEND_FROM_CACHE && self.unsynced.is_none() && !call.may_block() && self.is_cached(length, offset) {
-            reply.file(Arc::clone(&self.file), offset, length);
+        // On a thread it is because it is not in the cache.
+        if !call.may_block() && self.send_from_cache(reply, length, offset) {
             return Ok(());
         }
         self.read(reply.space(length), offset, call)
@@ -903,6 +944,7 @@ impl Device for OpenFile {
             }
             let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data))
                 .map_err(|error| Error::system(format_args!("lseek: SEEK_HOLE: {data}"), error))?;
+            self.learn(data..hole);
             // Data that went away in between is looked at anew.
             if hole > data && (!extents.add(data, hole - data, 0) || extents.one()) {
                 break;
@@ -1103,6 +1145,36 @@ mod tests {
         let whole = format!("{reply:?}");
         assert!(whole.contains(&format!("length: {length}")), "{whole}");
         Ok((reply.to_vec(), reply.holes()))
+    }
+
+    #[test]
+    fn data_that_the_map_told_of_is_known_in_several_places() {
+        let directory = Directory::new("known-data");
+        let path = directory.file("file", 1 << 20);
+        let fd = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap().into();
+        let file = OpenFile::new(fd, true, "file".to_owned(), true, Advice::Normal, &Arc::default()).unwrap();
+        let length = 64 << 10;
+        let places = [0, 256 << 10, 768 << 10];
+        for place in places {
+            file.write(&vec![1; length], place, NONE, BLOCKING).unwrap();
+        }
+        let told = map(&file, 0, 1 << 20, false);
+        if told.iter().filter(|(_, flags)| *flags == 0).count() != places.len() {
+            return;
+        }
+        for place in places {
+            assert!(!file.may_meet_holes(length, place), "{place}");
+            assert!(file.may_meet_holes(length + 1, place), "{place}");
+        }
+
+        // The oldest is forgotten, and what is found again is not there twice.
+        let mut known = KnownData::default();
+        for place in 0..20 {
+            known.add(place * 100..place * 100 + 50);
+            known.add(1900..1960);
+        }
+        assert!(known.covers(50, 1800) && known.covers(60, 1900) && known.covers(1, 549));
+        assert!(!known.covers(1, 350) && !known.covers(51, 1800) && !known.covers(1, 0));
     }
 
     #[test]
