@@ -41,9 +41,7 @@ mod tests {
 
     #[test]
     fn what_was_just_written_is_cached() {
-        let path = std::env::temp_dir().join(format!("nbdcaptive-page-cache-{}", std::process::id()));
-        let mut file = std::fs::File::create(&path).expect("there is room");
-        std::fs::remove_file(&path).expect("it is ours");
+        let mut file = tempfile::tempfile().expect("there is room");
         file.write_all(&[1; 8192]).expect("there is room");
         // A kernel without the call says so, and then there is nothing more to know.
         if let Some(pages) = cached_pages(file.as_fd(), 0, 8192) {

@@ -966,25 +966,18 @@ mod tests {
     const NOW: &Call = &Call::AT_ONCE;
 
     /// A directory that is gone after the test.
-    struct Directory(PathBuf);
+    struct Directory(PathBuf, #[allow(dead_code, reason = "removes it")] tempfile::TempDir);
 
     impl Directory {
         fn new(name: &str) -> Directory {
-            let path = std::env::temp_dir().join(format!("nbdcaptive-file-{name}-{}", std::process::id()));
-            fs::create_dir_all(&path).unwrap();
-            Directory(path.canonicalize().unwrap())
+            let directory = tempfile::Builder::new().prefix(&format!("nbdcaptive-file-{name}-")).tempdir().unwrap();
+            Directory(directory.path().canonicalize().unwrap(), directory)
         }
 
         fn file(&self, name: &str, size: u64) -> PathBuf {
             let path = self.0.join(name);
             fs::File::create(&path).unwrap().set_len(size).unwrap();
             path
-        }
-    }
-
-    impl Drop for Directory {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
         }
     }
 

@@ -72,7 +72,8 @@ mod tests {
     #[test]
     fn a_log_that_is_not_there_or_does_not_read_holds_nobody_up() {
         Syslog::at("/nowhere/log").write(format_args!("lost"));
-        let path = std::env::temp_dir().join(format!("nbdcaptive-syslog-{}", std::process::id()));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
         let log = UnixDatagram::bind(&path).unwrap();
         let syslog = Syslog::at(Box::leak(path.to_str().unwrap().to_owned().into_boxed_str()));
         // More than any queue holds.

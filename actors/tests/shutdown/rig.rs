@@ -208,10 +208,15 @@ impl Rig {
 
     pub fn start_with(place: Place, disk: &Disk, configure: impl FnOnce(Server) -> Server) -> Rig {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        // Not std::env::temp_dir: a socket's path has room for 107 bytes only.
-        let name = format!("/tmp/nca{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directory = PathBuf::from(name);
-        fs::create_dir(&directory).expect("a new directory in /tmp");
+        // Another run may have left one, or be in a pid namespace where it has the same number.
+        let directory = loop {
+            // Not std::env::temp_dir: a socket's path has room for 107 bytes only.
+            let name = format!("/tmp/nca{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            match fs::create_dir(&name) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                made => break made.map(|()| PathBuf::from(name)).expect("a new directory in /tmp"),
+            }
+        };
         let listener = UnixListener::bind(directory.join("s")).expect("a socket in it");
         let server = Server::new(Arc::new(disk.clone())).listen(listener).drain_timeout(NEVER);
         let server = if place == Place::Workers { server.workers(2).spin(Duration::from_micros(50)) } else { server };

@@ -90,7 +90,7 @@ mod tests {
     use std::os::fd::{AsFd, AsRawFd};
     use std::os::unix::net::UnixStream;
 
-    use super::super::tests::{never, within};
+    use super::super::tests::{never, until, within};
     use super::*;
 
     /// As if the caller had left it open for us.
@@ -131,7 +131,7 @@ mod tests {
         let pipe = take(&inherited(writer));
         assert!(!pipe.is_closed());
         drop(reader);
-        assert!(pipe.is_closed());
+        until("the pipe to be closed", || pipe.is_closed());
         within(pipe.closes());
     }
 

@@ -5,7 +5,6 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Waker};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -13,8 +12,8 @@ use smol::future::or;
 
 use super::*;
 
-/// How long a test waits for what must come: far less than the 60 seconds that a look may take.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// How long a test waits for what must come: less than the 60 seconds that a look may take.
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// What an event says. Panics if it does not happen.
 pub fn within(event: impl Future<Output = String>) -> String {
@@ -39,23 +38,23 @@ pub fn never(event: &mut Pin<Box<impl Future<Output = String>>>) {
     });
 }
 
-/// A directory of a test's own.
-pub struct Room(pub PathBuf);
-
-impl Room {
-    pub fn new(name: &str) -> Room {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("exitwhen-{name}-{}-{number}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        // As the kernel names it, so that the tests' own links are the only ones.
-        Room(path.canonicalize().unwrap())
+/// Looks until it is so. What this program has closed stays open for a moment in a process that another test is starting.
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < DEADLINE, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
-impl Drop for Room {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+/// A directory of a test's own.
+pub struct Room(pub PathBuf, #[allow(dead_code, reason = "removes it")] tempfile::TempDir);
+
+impl Room {
+    pub fn new(name: &str) -> Room {
+        let directory = tempfile::Builder::new().prefix(&format!("exitwhen-{name}-")).tempdir().unwrap();
+        // As the kernel names it, so that the tests' own links are the only ones.
+        Room(directory.path().canonicalize().unwrap(), directory)
     }
 }
 
