@@ -11,19 +11,16 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 const ARCHIVES: [&str; 2] = ["libssl.a", "libcrypto.a"];
-/// Whoever links with the C library has these as well.
-const KNOWN: [&str; 5] = ["ssl", "crypto", "dl", "pthread", "c"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=build.rs");
     for name in ["OPENSSL_STATIC", "OPENSSL_DIR", "OPENSSL_LIB_DIR", "PKG_CONFIG_PATH"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    let psk = env::var_os("CARGO_FEATURE_PSK").is_some();
     let vendored = env::var_os("CARGO_FEATURE_VENDORED_OPENSSL").is_some();
     // Who says where OpenSSL is has said to openssl-sys how to link it too.
     let told = ["OPENSSL_STATIC", "OPENSSL_DIR", "OPENSSL_LIB_DIR"].into_iter().any(|name| env::var_os(name).is_some());
-    if !psk || vendored || told {
+    if vendored || told {
         return Ok(());
     }
     if let Some(libraries) = archives() {
@@ -43,7 +40,10 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Where both archives are, if the system's OpenSSL has them and needs nothing else to be linked with.
+#[cfg(feature = "psk")]
 fn archives() -> Option<PathBuf> {
+    // Whoever links with the C library has these as well.
+    const KNOWN: [&str; 5] = ["ssl", "crypto", "dl", "pthread", "c"];
     let library =
         pkg_config::Config::new().statik(true).cargo_metadata(false).print_system_libs(true).probe("openssl").ok()?;
     if library.libs.iter().any(|name| !KNOWN.contains(&name.as_str())) {
@@ -51,4 +51,10 @@ fn archives() -> Option<PathBuf> {
     }
     let has_both = |directory: &&PathBuf| ARCHIVES.iter().all(|name| Path::new(directory).join(name).is_file());
     library.link_paths.iter().find(has_both).cloned()
+}
+
+/// What would look for them is not there, either.
+#[cfg(not(feature = "psk"))]
+fn archives() -> Option<PathBuf> {
+    None
 }
