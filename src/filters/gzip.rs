@@ -1,23 +1,14 @@
-//! `gzip`: unpacks the next device into a temporary file when the first client comes, and serves that read-only. Its size is
-//! not known before all is unpacked.
-//!
-//! All members of the file are unpacked, as gzip(1) does; nbdkit stops after the first. What follows them and is no member,
-//! such as the zeroes that fill a block device, is passed over.
+//! `gzip`: unpacks gzip files (see `unpacked.rs`).
 //! Source: nbdkit filters/gzip/gzip.c, nbdkit-gzip-filter.pod; RFC 1952.
 
-use std::io::{self, BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io::BufRead;
+use std::sync::Arc;
 
 use flate2::bufread::GzDecoder;
-use nbdcaptive_actors::device::{
-    Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Result, Support, ThreadModel,
-};
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
+use nbdcaptive_actors::device::{Exports, ThreadModel};
 
-use super::next::{Stream, look_at_start};
+use super::unpacked::{self, Format};
 use crate::layer::{About, ConfigError, Filter, Lifetime};
-use crate::overlay::{self, Temporary};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -39,18 +30,23 @@ pub static ABOUT: About = About {
     dump: &[],
 };
 
-/// What is read of the next device at once, in bytes: generous, because some of them are far away.
-const INPUT: usize = 4 << 20;
-/// What is written at once, or left out where it is zeroes, in bytes.
-const OUTPUT: usize = 64 << 10;
-/// So many exports stay unpacked that nobody uses.
-const IDLE: usize = 8;
-/// What every member begins with.
-const MAGIC: [u8; 2] = [0x1f, 0x8b];
-
 /// The filter.
 #[derive(Debug)]
 pub struct Gzip;
+
+impl Format for Gzip {
+    const NAME: &'static str = ABOUT.name;
+    const MAGIC: &'static [u8] = &[0x1f, 0x8b];
+    type Member<R: BufRead> = GzDecoder<R>;
+
+    fn member<R: BufRead>(input: R) -> GzDecoder<R> {
+        GzDecoder::new(input)
+    }
+
+    fn rest<R: BufRead>(member: GzDecoder<R>) -> R {
+        member.into_inner()
+    }
+}
 
 impl Filter for Gzip {
     fn ready(
@@ -58,169 +54,6 @@ impl Filter for Gzip {
         next: Arc<dyn Exports>,
         lifetime: &mut Lifetime,
     ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        look_at_start(&next, lifetime, |next, _| begins_well(next));
-        let directory = overlay::directory()?;
-        Ok(Arc::new(FilteredExports(Files { next, directory, slots: Mutex::default() })))
-    }
-}
-
-struct Files {
-    next: Arc<dyn Exports>,
-    directory: PathBuf,
-    /// By export name, the one that was used last at the end.
-    slots: Mutex<Vec<(Vec<u8>, Arc<Slot>)>>,
-}
-
-/// One export. Locked while it is unpacked, so that others wait for that.
-type Slot = Mutex<Option<Arc<Unpacked>>>;
-
-struct Unpacked {
-    file: Temporary,
-    size: u64,
-    /// The next device's size when it was unpacked.
-    compressed: u64,
-}
-
-impl Files {
-    fn slot(&self, export: &[u8]) -> Arc<Slot> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = slots.iter().position(|(name, _)| name == export);
-        let slot = match known {
-            Some(index) => slots.remove(index),
-            None => (export.to_vec(), Arc::default()),
-        };
-        let is_idle = |slot: &Arc<Slot>| {
-            let content = slot.try_lock();
-            content.is_ok_and(|content| content.as_ref().is_none_or(|unpacked| Arc::strong_count(unpacked) == 1))
-        };
-        // Any client can ask for any name.
-        let idle = slots.iter().filter(|(_, slot)| is_idle(slot)).count();
-        if idle >= IDLE
-            && let Some(oldest) = slots.iter().position(|(_, slot)| is_idle(slot))
-        {
-            slots.remove(oldest);
-        }
-        slots.push(slot.clone());
-        slot.1
-    }
-}
-
-impl FilterExports for Files {
-    fn next(&self) -> &dyn Exports {
-        &*self.next
-    }
-
-    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = Next::open(&*self.next, &Client { read_only: true, ..client.clone() })?;
-        let slot = self.slot(&client.export_name);
-        let (next, unpacked) = next.look(|next| {
-            let compressed = next.bytes();
-            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-            let unpacked = match &*slot {
-                Some(unpacked) => Arc::clone(unpacked),
-                None => {
-                    let unpacked = Arc::new(unpack(next, compressed, &self.directory)?);
-                    Arc::clone(slot.insert(unpacked))
-                }
-            };
-            if unpacked.compressed != compressed {
-                let why = "gzip: plugin size changed unexpectedly: you must restart the server so the gzip filter can \
-                           uncompress the data again";
-                return Err(Error::failed(ErrorCode::Io, why));
-            }
-            Ok(unpacked)
-        })?;
-        Ok(Box::new(Filtered(File { next, unpacked })))
-    }
-
-    fn description(&self, client: &Client) -> Option<String> {
-        let base = self.next.description(client)?;
-        Some(format!("expansion of gzip-compressed image: {base}"))
-    }
-}
-
-/// Unpacks the beginning of a device, which takes no time. Errors: it is no gzip file.
-fn begins_well(device: &Next) -> Result<()> {
-    let mut input = BufReader::with_capacity(OUTPUT, Stream::new(device, 0..device.bytes()));
-    let begun = GzDecoder::new(&mut input).read(&mut vec![0; OUTPUT]);
-    begun.map(drop).map_err(|error| input.into_inner().error("gzip: inflate", error))
-}
-
-/// Unpacks all of a device. What was written is gone again if that fails.
-fn unpack(device: &dyn Device, compressed: u64, directory: &Path) -> Result<Unpacked> {
-    let file = Temporary::new(directory)?;
-    let mut input = BufReader::with_capacity(INPUT, Stream::new(device, 0..compressed));
-    let mut buffer = vec![0; OUTPUT];
-    let mut size = 0;
-    loop {
-        let mut member = GzDecoder::new(input);
-        loop {
-            let length = match fill(&mut member, &mut buffer) {
-                Ok(0) => break,
-                Ok(length) => length,
-                Err(error) => return Err(member.into_inner().into_inner().error("gzip: inflate", error)),
-            };
-            if buffer[..length].iter().any(|byte| *byte != 0) {
-                file.write(&buffer[..length], size)?;
-            }
-            size += length as u64;
-        }
-        input = member.into_inner();
-        match input.fill_buf() {
-            Ok(rest) if rest.starts_with(&MAGIC) => {}
-            Ok(_) => return Ok(Unpacked { file, size, compressed }),
-            Err(error) => return Err(input.into_inner().error("gzip: read", error)),
-        }
-    }
-}
-
-/// Reads until the buffer is full or there is no more.
-fn fill(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match from.read(&mut buffer[length..])? {
-            0 => break,
-            count => length += count,
-        }
-    }
-    Ok(length)
-}
-
-/// One client's device.
-struct File {
-    /// Not read any more, but a client's for as long as it is there.
-    next: Next,
-    unpacked: Arc<Unpacked>,
-}
-
-impl filter::Filter for File {
-    const CHANGES_DATA: bool = true;
-
-    fn next(&self) -> &dyn Device {
-        &self.next
-    }
-
-    fn size(&self) -> Result<u64> {
-        Ok(self.unpacked.size)
-    }
-
-    fn capabilities(&self) -> Result<Capabilities> {
-        let next = self.next.capabilities()?;
-        Ok(Capabilities {
-            write: false,
-            multi_conn: true,
-            extents: false,
-            cache: Support::Emulate,
-            block_size: None,
-            ..next
-        })
-    }
-
-    fn answers_at_once(&self) -> bool {
-        false
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64, _call: &Call) -> Result<()> {
-        self.unpacked.file.read(buffer, offset)
+        unpacked::exports::<Gzip>(next, lifetime)
     }
 }

@@ -4,6 +4,7 @@ use crate::layer::{About, Filter};
 
 pub mod blocksize;
 pub mod blocksize_policy;
+pub mod bzip2;
 pub mod cache;
 pub mod checkwrite;
 pub mod count;
@@ -48,6 +49,7 @@ pub mod tar;
 pub mod time_limit;
 pub mod tls_fallback;
 pub mod truncate;
+pub(crate) mod unpacked;
 pub mod xz;
 
 /// A filter by name.
@@ -63,6 +65,7 @@ pub struct Entry {
 pub static ALL: &[Entry] = &[
     Entry { about: &blocksize::ABOUT, new: || Box::<blocksize::Blocksize>::default() },
     Entry { about: &blocksize_policy::ABOUT, new: || Box::<blocksize_policy::Policy>::default() },
+    Entry { about: &bzip2::ABOUT, new: || Box::new(bzip2::Bzip2) },
     Entry { about: &cache::ABOUT, new: || Box::<cache::Cache>::default() },
     Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
     Entry { about: &count::ABOUT, new: || Box::new(count::Count) },

@@ -139,7 +139,7 @@ fn every_example_of_a_plugin_or_filter_works() {
     let files = "mkdir images
         truncate -s 1M disk.img && printf hello | dd of=disk.img conv=notrunc bs=4096 seek=3
         cp disk.img new.img && cp disk.img images/one.img && cp disk.img images/two.img
-        gzip -k disk.img && xz -k disk.img && tar -cf data.tar disk.img
+        gzip -k disk.img && bzip2 -k disk.img && xz -k disk.img && tar -cf data.tar disk.img
         printf '0x0 + 1\\n0x0 0x80000 +\\n0x80000 0x80000 -\\n' > disk.map";
     let mut ran = 0;
     for page in pages(&room) {

@@ -221,36 +221,47 @@ fn a_full_disk_is_an_error_of_the_request() {
 }
 
 #[test]
-fn gzip_is_unpacked() {
-    let prepare = |room: &Room| {
-        disk(room);
-        shell(room, "gzip -k disk");
-    };
-    let operations = ["info", "read 1048676 0", "read 100 1048576", "read 3 262143", "cache 1000 0", "read 2 1048675"];
-    let answers = same_in(prepare, &["--filter=gzip", "file", "disk.gz"], &operations);
-    assert!(answers.starts_with("info: 1048676 "), "{answers}");
-    // Which nbdkit takes for the first of them alone.
-    let room = Room::new();
-    disk(&room);
-    shell(&room, "{ printf one | gzip; printf two | gzip; head -c 512 /dev/zero; } > members.gz");
-    let answers = answers_in(&room, &["--filter=gzip", "file", "members.gz"], &["read 6 0", "export", "read 3 3"]);
-    assert_eq!(answers, "read 6 0: 6f6e6574776f\nexport: done\nread 3 3: 74776f\n");
-    room.assert_nothing_left();
-    for damage in ["cat disk", "head -c 5 disk.gz", "cat /dev/null"] {
+fn gzip_and_bzip2_are_unpacked() {
+    for (format, suffix) in [("gzip", "gz"), ("bzip2", "bz2")] {
+        let prepare = |room: &Room| {
+            disk(room);
+            shell(room, &format!("{format} -k disk"));
+        };
+        let (filter, packed) = (format!("--filter={format}"), format!("disk.{suffix}"));
+        let gzip = |room: &Room| {
+            disk(room);
+            shell(room, "gzip -k disk");
+        };
+        let operations =
+            ["info", "read 1048676 0", "read 100 1048576", "read 3 262143", "cache 1000 0", "read 2 1048675"];
+        let arguments = [&*filter, "file", &packed];
         let room = Room::new();
         prepare(&room);
-        shell(&room, &format!("{damage} > damaged"));
-        let line = refusal_in(&room, &["--filter=gzip", "file", "damaged"]);
-        assert!(line.starts_with("gzip: inflate: "), "{damage}: {line}");
+        let answers = answers_in(&room, &arguments, &operations);
+        assert!(answers.starts_with("info: 1048676 "), "{answers}");
+        // What it is packed as makes no difference; Debian's nbdkit has gzip alone.
+        assert_eq!(answers, same_in(gzip, &["--filter=gzip", "file", "disk.gz"], &operations));
+        // Which nbdkit takes for the first of them alone.
+        let room = Room::new();
+        shell(&room, &format!("{{ printf one | {format}; printf two | {format}; head -c 512 /dev/zero; }} > members"));
+        let answers = answers_in(&room, &[&*filter, "file", "members"], &["read 6 0", "export", "read 3 3"]);
+        assert_eq!(answers, "read 6 0: 6f6e6574776f\nexport: done\nread 3 3: 74776f\n");
+        room.assert_nothing_left();
+        for damage in ["cat disk", &format!("head -c 5 {packed}"), "cat /dev/null"] {
+            let room = Room::new();
+            prepare(&room);
+            shell(&room, &format!("{damage} > damaged"));
+            let line = refusal_in(&room, &[&*filter, "file", "damaged"]);
+            assert!(line.starts_with(&format!("{format}: inflate: ")), "{damage}: {line}");
+            room.assert_nothing_left();
+        }
+        // What is wrong further on shows when all is unpacked.
+        let room = Room::new();
+        shell(&room, &format!("head -c 2000000 /dev/urandom | {format} | head -c -100 > damaged"));
+        let output = room.captive([&*filter, "file", "damaged"], "nbdinfo \"$uri\"; exit 0").run_to(0);
+        assert!(output.stderr.contains(&format!("{format}: inflate: ")), "{output:#?}");
         room.assert_nothing_left();
     }
-    // What is wrong further on shows when all is unpacked.
-    let room = Room::new();
-    prepare(&room);
-    shell(&room, "head -c 500000 disk.gz > damaged");
-    let output = room.captive(["--filter=gzip", "file", "damaged"], "nbdinfo \"$uri\"; exit 0").run_to(0);
-    assert!(output.stderr.contains("gzip: inflate: "), "{output:#?}");
-    room.assert_nothing_left();
 }
 
 #[test]
