@@ -303,6 +303,9 @@ pub struct Client {
     pub tls_names: Option<Names>,
     /// Who is at the other end, where that is known.
     pub peer: Option<Peer>,
+    /// The label (or security context) that a security module has given the other end, where there is one.
+    /// Source: nbdkit_peer_security_context(3).
+    pub peer_label: Option<Vec<u8>>,
     /// The connection itself: to wait in, to end, to speak of. That of a client that only looks is over before long.
     pub connection: Connection,
 }
@@ -320,6 +323,13 @@ pub enum Peer {
         uid: Option<u32>,
         /// Its group.
         gid: Option<u32>,
+    },
+    /// A virtual machine, or its host. Source: vsock(7).
+    Vsock {
+        /// Which of them: the host is 2.
+        cid: u32,
+        /// The port that the client connected from.
+        port: u32,
     },
 }
 

@@ -23,7 +23,7 @@
 //! | `client/` | the other end: a connection to an NBD server, as an actor |
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
 //! | `tls/` | streams that are secure |
-//! | `low_water.rs` | the one socket option that no library sets |
+//! | `socket_options.rs` | the socket options that no library has |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
 //! | `connection.rs` | what a device may know of the connection it serves, and wait for |
@@ -68,10 +68,10 @@ mod backend;
 mod buffers;
 mod exit_policy;
 mod listener;
-mod low_water;
 mod parent_watcher;
 mod server;
 mod session;
+mod socket_options;
 mod worker;
 mod world;
 

@@ -20,7 +20,7 @@ use nix::sys::socket::{
 };
 
 use crate::device::Peer;
-use crate::low_water;
+use crate::socket_options;
 use crate::tls::Security;
 use crate::worker::Registration;
 
@@ -77,6 +77,11 @@ pub trait Transport: Send {
 
     /// Who is at the other end, where that is known. The default does not know.
     fn peer(&self) -> Option<Peer> {
+        None
+    }
+
+    /// The label that a security module has given the other end, where there is one. The default has none.
+    fn peer_label(&self) -> Option<Vec<u8>> {
         None
     }
 
@@ -204,8 +209,8 @@ impl Transport for Socket {
             self.low_water = Some(count);
             // Where it fails we are woken more often.
             let _ = match &self.readiness {
-                Readiness::Reactor(source) => low_water::set(source, count),
-                Readiness::Worker(registration) => low_water::set(registration, count),
+                Readiness::Reactor(source) => socket_options::set_low_water(source, count),
+                Readiness::Worker(registration) => socket_options::set_low_water(registration, count),
             };
         }
     }
@@ -244,6 +249,10 @@ impl Transport for Socket {
 
     fn peer(&self) -> Option<Peer> {
         peer(self.fd())
+    }
+
+    fn peer_label(&self) -> Option<Vec<u8>> {
+        socket_options::peer_label(self.fd())
     }
 
     fn finish(&mut self) {
@@ -295,6 +304,10 @@ fn peer(socket: BorrowedFd<'_>) -> Option<Peer> {
     }
     if let Some(v6) = address.as_sockaddr_in6() {
         return Some(Peer::Inet(SocketAddrV6::from(*v6).into()));
+    }
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    if let Some(vsock) = address.as_vsock_addr() {
+        return Some(Peer::Vsock { cid: vsock.cid(), port: vsock.port() });
     }
     (address.family() == Some(AddressFamily::Unix)).then(|| unix_peer(socket))
 }

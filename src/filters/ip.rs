@@ -1,9 +1,8 @@
 //! `ip`: which clients may connect, by where they come from. Source: nbdkit filters/ip/ip.c, nbdkit-ip-filter.pod.
 //!
 //! A client is let in if an `allow` rule matches, else refused if a `deny` rule does, else let in. One of whom nothing is known
-//! is refused. Rules about security contexts and AF_VSOCK are understood and match nobody, because the engine does not tell these
-//! of a client; so a `deny` of them refuses nobody, which is why that is an error. Rules about TLS certificates (`dn:`,
-//! `issuer-dn:`) take a client's word only once its certificate was verified, so with them all rules wait for the handshake.
+//! is refused. Rules about TLS certificates (`dn:`, `issuer-dn:`) take a client's word only once its certificate was verified, so
+//! with them all rules wait for the handshake.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -26,7 +25,10 @@ pub static ABOUT: About = About {
         who may.
 
         Rules are `127.0.0.1`, `192.168.0.0/16`, `::1` and the like, `any` (or `all`), `anyipv4`, `anyipv6`,
-        `anyunix`, and for clients at a Unix socket `pid:`*N*, `uid:`*N* and `gid:`*N*.
+        `anyunix`, and for clients at a Unix socket `pid:`*N*, `uid:`*N* and `gid:`*N*; for virtual machines
+        `anyvsock`, `vsock-cid:`*N* and `vsock-port:`*N*; by the label that a security module such as SELinux has
+        given the client, `security:`*LABEL*; and by a client's TLS certificate and the one that signed it,
+        `dn:`*PATTERN* and `issuer-dn:`*PATTERN*.
 
         # Examples
 
@@ -62,8 +64,11 @@ enum Rule {
     Subject(Pattern),
     /// The same, of who signed it.
     Issuer(Pattern),
-    /// Something that the engine does not know of a client.
-    Unknowable,
+    /// The whole of the label that a security module has given the client.
+    Label(Vec<u8>),
+    AnyVsock,
+    VsockCid(i64),
+    VsockPort(i64),
 }
 
 impl Rule {
@@ -101,7 +106,12 @@ impl Rule {
             // As in nbdkit, one without a certificate has empty names.
             Rule::Subject(pattern) => pattern.matches_with(names.map_or("", |names| &names.subject), ANY_CASE),
             Rule::Issuer(pattern) => pattern.matches_with(names.map_or("", |names| &names.issuer), ANY_CASE),
-            Rule::Unknowable => false,
+            Rule::Label(label) => {
+                client.peer_label.as_ref() == Some(label) && !matches!(peer, Some(Peer::Vsock { .. }))
+            }
+            Rule::AnyVsock => matches!(peer, Some(Peer::Vsock { .. })),
+            Rule::VsockCid(rule) => matches!(peer, Some(Peer::Vsock { cid, .. }) if i64::from(*cid) == *rule),
+            Rule::VsockPort(rule) => matches!(peer, Some(Peer::Vsock { port, .. }) if i64::from(*port) == *rule),
         }
     }
 }
@@ -132,7 +142,7 @@ fn rule(key: &str, text: &str) -> std::result::Result<Rule, ConfigError> {
         (&["anyipv4", "allipv4"], Rule::AnyIpv4),
         (&["anyipv6", "allipv6"], Rule::AnyIpv6),
         (&["anyunix", "allunix"], Rule::AnyUnix),
-        (&["anyvsock", "allvsock"], Rule::Unknowable),
+        (&["anyvsock", "allvsock"], Rule::AnyVsock),
     ];
     for (names, rule) in words {
         if names.iter().any(|name| text.eq_ignore_ascii_case(name)) {
@@ -148,11 +158,11 @@ fn rule(key: &str, text: &str) -> std::result::Result<Rule, ConfigError> {
     if let Some(text) = after(text, "gid:") {
         return number("gid:", text, 0, i64::MAX).map(Rule::Gid);
     }
-    for what in ["vsock-cid:", "vsock-port:"] {
-        if let Some(text) = after(text, what) {
-            number(what, text, 0, u32::MAX.into())?;
-            return Ok(Rule::Unknowable);
-        }
+    if let Some(text) = after(text, "vsock-cid:") {
+        return number("vsock-cid:", text, 0, u32::MAX.into()).map(Rule::VsockCid);
+    }
+    if let Some(text) = after(text, "vsock-port:") {
+        return number("vsock-port:", text, 0, u32::MAX.into()).map(Rule::VsockPort);
     }
     let pattern = |name: &str| Pattern::new(name).map_err(|error| ConfigError(format!("{key}={text}: {error}")));
     if let Some(name) = after(text, "dn:") {
@@ -161,8 +171,8 @@ fn rule(key: &str, text: &str) -> std::result::Result<Rule, ConfigError> {
     if let Some(name) = after(text, "issuer-dn:") {
         return pattern(name).map(Rule::Issuer);
     }
-    if after(text, "security:").is_some() {
-        return Ok(Rule::Unknowable);
+    if let Some(label) = after(text, "security:") {
+        return Ok(Rule::Label(label.into()));
     }
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address, Some(values::unsigned(key, prefix).map_err(ConfigError)?)),
@@ -228,14 +238,6 @@ impl Filter for Ip {
         Ok(())
     }
 
-    fn config_complete(&mut self) -> std::result::Result<(), ConfigError> {
-        if self.deny.contains(&Rule::Unknowable) {
-            let line = "deny: security contexts and AF_VSOCK addresses of clients are not known here";
-            return Err(ConfigError(line.to_owned()));
-        }
-        Ok(())
-    }
-
     fn ready(
         self: Box<Self>,
         next: Arc<dyn Exports>,
@@ -255,9 +257,10 @@ struct Guarded {
 
 impl Guarded {
     fn check(&self, client: &Client) -> Result<()> {
-        let Client { peer, tls_names, .. } = client;
+        let Client { peer, peer_label, tls_names, .. } = client;
         if self.rules.debug_rules != 0 {
-            client.connection.debug(format_args!("ip: peer: {peer:?}, certificate: {tls_names:?}"));
+            let label = peer_label.as_ref().map(|label| label.escape_ascii().to_string());
+            client.connection.debug(format_args!("ip: peer: {peer:?}, label: {label:?}, certificate: {tls_names:?}"));
         }
         let matches = |which: &str, rules: &[Rule]| {
             rules.iter().any(|rule| {
@@ -319,6 +322,8 @@ mod tests {
 
     const UNIX: Option<Peer> = Some(Peer::Unix { pid: Some(10), uid: Some(20), gid: Some(30) });
 
+    const VSOCK: Option<Peer> = Some(Peer::Vsock { cid: 3, port: 1024 });
+
     /// Whether a client is let in by these parameters.
     fn enters(parameters: &[(&str, &str)], peer: Option<Peer>) -> bool {
         let exports = over(memory("1M"), "ip", parameters).unwrap();
@@ -352,15 +357,34 @@ mod tests {
             ("pid:10", UNIX, inet("1.2.3.4")),
             ("UID:20", UNIX, Some(Peer::Unix { pid: None, uid: Some(10), gid: None })),
             ("gid:30", UNIX, Some(Peer::Unix { pid: None, uid: Some(30), gid: Some(20) })),
+            ("anyvsock", VSOCK, UNIX),
+            ("AllVsock", VSOCK, inet("1.2.3.4")),
+            ("vsock-cid:3", VSOCK, Some(Peer::Vsock { cid: 4, port: 3 })),
+            ("vsock-port:0x400", VSOCK, Some(Peer::Vsock { cid: 1024, port: 3 })),
         ] {
             assert!(only(rule, yes), "{rule}");
             assert!(!only(rule, no), "{rule}");
         }
-        for rule in ["anyvsock", "vsock-cid:2", "vsock-port:1", "security:x"] {
-            let exports = over(memory("1M"), "ip", &[("allow", rule), ("deny", "any")]).unwrap();
-            let client = Client { peer: inet("1.2.3.4"), ..Client::default() };
-            assert!(exports.preconnect(&client).and_then(|()| exports.open(&client).map(drop)).is_err(), "{rule}");
+    }
+
+    #[test]
+    fn a_label_is_compared_as_a_whole() {
+        let enters = |key, label: Option<&str>, peer| {
+            let rules = [(key, "Security:system_u:system_r:svirt_t:s0"), ("deny", "anyipv4")];
+            let exports = over(memory("1M"), "ip", &rules).unwrap();
+            let peer_label = label.map(|label| label.as_bytes().to_vec());
+            exports.preconnect(&Client { peer, peer_label, ..Client::default() }).is_ok()
+        };
+        assert!(enters("allow", Some("system_u:system_r:svirt_t:s0"), inet("1.2.3.4")));
+        for other in [None, Some(""), Some("system_u:system_r:svirt_t"), Some("SYSTEM_U:system_r:svirt_t:s0")] {
+            assert!(!enters("allow", other, inet("1.2.3.4")), "{other:?}");
+            assert!(enters("deny", other, UNIX), "{other:?}");
         }
+        assert!(!enters("deny", Some("system_u:system_r:svirt_t:s0"), UNIX));
+        assert!(
+            enters("deny", Some("system_u:system_r:svirt_t:s0"), VSOCK),
+            "such a label is not of the virtual machine"
+        );
     }
 
     #[test]
@@ -376,7 +400,6 @@ mod tests {
         assert_eq!(why("pid:0"), "pid: parameter out of range");
         assert_eq!(why("uid:-1"), "uid: parameter out of range");
         assert_eq!(why("vsock-cid:4294967296"), "vsock-cid: parameter out of range");
-        assert!(refused("ip", &[("deny", "security:x")]).starts_with("deny: security contexts"));
         assert!(why("dn:[").starts_with("allow=dn:[: "));
     }
 

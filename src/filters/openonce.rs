@@ -67,7 +67,12 @@ impl FilterExports for Once {
             Some((_, device)) => Arc::clone(device),
             None => {
                 // It outlives this client, and is nobody's in particular.
-                let anybody = Client { peer: None, connection: client.connection.of_the_server(), ..client.clone() };
+                let anybody = Client {
+                    peer: None,
+                    peer_label: None,
+                    connection: client.connection.of_the_server(),
+                    ..client.clone()
+                };
                 let device: Arc<dyn Device> = Arc::from(self.next.open(&anybody)?);
                 open.push((key, Arc::clone(&device)));
                 device

@@ -127,6 +127,7 @@ fn address(peer: Option<Peer>) -> Vec<u8> {
         Some(Peer::Inet(std::net::SocketAddr::V6(peer))) => format!("[{}]:{}", peer.ip(), peer.port()).into(),
         Some(Peer::Inet(peer)) => peer.to_string().into(),
         Some(Peer::Unix { .. }) => "unix".into(),
+        Some(Peer::Vsock { cid, port }) => format!("vsock:{cid}:{port}").into(),
         None => Vec::new(),
     }
 }

@@ -381,6 +381,7 @@ impl Handshake<'_> {
             is_tls: self.is_secure(),
             tls_names: self.transport.security().and_then(|security| security.names.clone()),
             peer: self.transport.peer(),
+            peer_label: self.transport.peer_label(),
             connection: self.connection.clone(),
         }
     }

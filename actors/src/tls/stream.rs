@@ -333,6 +333,10 @@ impl<R: Records> Transport for Stream<R> {
         self.transport.peer()
     }
 
+    fn peer_label(&self) -> Option<Vec<u8>> {
+        self.transport.peer_label()
+    }
+
     fn security(&self) -> Option<&Security> {
         Some(&self.security)
     }
