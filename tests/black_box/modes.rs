@@ -978,6 +978,44 @@ mod resources {
         room.assert_nothing_left();
     }
 
+    /// Source: nbdkit server/protocol.c: a write without memory for its data is read over and gets ENOMEM.
+    #[test]
+    fn without_memory_for_a_write_it_says_so_and_goes_on() {
+        if nbdkit_differs("its allocator takes memory in another way") {
+            return;
+        }
+        const STEP: u64 = 4 << 20;
+        let room = Room::new();
+        let how = "ulimit -v 1000000; exec \"$@\"";
+        let mut running = under(&room, how, &["-f", "-U", "s", "memory", "4G"]).start();
+        running.wait_until_listening(&room.path("s"));
+        let mut client = Client::connect(&room.path("s"));
+        client.start();
+        client.go(b"");
+        let data = vec![7; STEP as usize];
+        let mut written = 0;
+        let error = loop {
+            match client.write(0, written, &data) {
+                0 => written += STEP,
+                error => break error,
+            }
+            assert!(written < 1 << 30, "more than there is");
+        };
+        assert_eq!(error, NBD_ENOMEM);
+        assert!(written >= 256 << 20, "{written}");
+        // Nothing is lost that was written, and what is given back can be had again, if elsewhere.
+        assert!(client.read(written - STEP, STEP) == data);
+        assert_eq!(client.ask(NBD_CMD_TRIM, 0, 0, 64 << 20).error, 0);
+        for at in (0..32 << 20).step_by(STEP as usize) {
+            assert_eq!(client.write(0, (2 << 30) + at, &data), 0);
+        }
+        client.disconnect();
+        running.signal(Signal::SIGTERM);
+        let stderr = running.finish().expect(0).stderr;
+        assert!(stderr.contains("out of memory for 4194304 bytes of data"), "{stderr}");
+        room.assert_nothing_left();
+    }
+
     /// G2: "C gets exactly the closed fd; our own fds never land on 0-2"
     #[test]
     fn every_set_of_closed_descriptors_reaches_the_command_and_nobody_uses_them() {

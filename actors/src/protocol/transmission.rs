@@ -164,6 +164,7 @@ pub enum RefusalReason {
     FlushRange,
     NoStructuredReplies,
     NoMetaContext,
+    NoMemory(u64),
     Shutdown,
 }
 
@@ -196,6 +197,7 @@ impl fmt::Display for RefusalReason {
             RefusalReason::WrongContexts => {
                 f.write_str("NBD_CMD_BLOCK_STATUS: the payload must be a length and ids that were selected, each once")
             }
+            RefusalReason::NoMemory(length) => write!(f, "out of memory for {length} bytes of data"),
             RefusalReason::Shutdown => f.write_str("the server is ending"),
         }
     }

@@ -179,6 +179,14 @@ impl Partial {
         self.filled == self.length
     }
 
+    /// Takes memory for what one receive brings at most. `None`: there is none.
+    fn provide(&mut self, buffers: &Buffers) -> Option<()> {
+        match &mut self.data {
+            Data::Bytes(_) => Some(()),
+            Data::Blocks(blocks) => buffers.provide(blocks, self.filled, SLICES - 1),
+        }
+    }
+
     /// Takes what it needs of `bytes`, or what there is memory for. How much that was.
     fn fill(&mut self, mut bytes: &[u8], buffers: &Buffers) -> usize {
         let before = self.filled;
@@ -531,6 +539,9 @@ impl Transmission {
         cx: &mut Context<'_>,
         transport: &mut dyn Transport,
     ) -> Poll<io::Result<Option<bool>>> {
+        if let Some(partial) = self.partial.take_if(|partial| partial.provide(&self.buffers).is_none()) {
+            self.give_up(partial);
+        }
         let Transmission { partial, input, buffers, .. } = self;
         if input.buffer.is_empty() {
             input.buffer = buffers.receive();
@@ -551,7 +562,6 @@ impl Transmission {
                     count = 1;
                 }
                 Data::Blocks(blocks) => {
-                    buffers.provide(blocks, partial.filled, SLICES - 1).ok_or(io::ErrorKind::OutOfMemory)?;
                     for (slice, piece) in slices[..SLICES - 1].iter_mut().zip(blocks.rest(partial.filled)) {
                         *slice = IoSliceMut::new(piece);
                         count += 1;
@@ -691,13 +701,22 @@ impl Transmission {
             let data = self.place(command, length);
             let mut partial = Partial { to, command, data, filled: 0, length };
             let here = self.input.bytes();
-            if partial.fill(here, &self.buffers) < here.len() {
-                return Err(End::Lost(io::ErrorKind::OutOfMemory.into()));
+            self.input.start += partial.fill(here, &self.buffers);
+            if self.input.start == self.input.end {
+                self.partial = Some(partial);
+            } else {
+                self.give_up(partial);
             }
-            self.input.start = self.input.end;
-            self.partial = Some(partial);
         }
         Ok(())
+    }
+
+    /// There is no memory for the data of a write: what is still to come of it is read over, and the client may go on.
+    /// Source: nbdkit server/protocol.c, `skip_over_write_buffer`.
+    fn give_up(&mut self, partial: Partial) {
+        self.skip = (partial.length - partial.filled) as u64;
+        let why = RefusalReason::NoMemory(partial.length as u64);
+        self.refusing = Some((partial.to, Refusal { code: ErrorCode::NoMemory, why }));
     }
 
     /// Memory for the data of a write.
