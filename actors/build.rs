@@ -8,7 +8,7 @@ use std::env;
 use std::error::Error;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const ARCHIVES: [&str; 2] = ["libssl.a", "libcrypto.a"];
 
@@ -49,7 +49,7 @@ fn archives() -> Option<PathBuf> {
     if library.libs.iter().any(|name| !KNOWN.contains(&name.as_str())) {
         return None;
     }
-    let has_both = |directory: &&PathBuf| ARCHIVES.iter().all(|name| Path::new(directory).join(name).is_file());
+    let has_both = |directory: &&PathBuf| ARCHIVES.iter().all(|name| directory.join(name).is_file());
     library.link_paths.iter().find(has_both).cloned()
 }
 
