@@ -537,6 +537,7 @@ impl Bridge {
             while let Ok(Some(word)) = link.read_with(Link::hear).await {
                 let event = match word {
                     Word::Signal(number) => CommandEvent::Signal(number),
+                    Word::SignalAgain(number) => CommandEvent::SignalAgain(number),
                     Word::CommandEnded(end) => CommandEvent::Ended(end),
                     Word::FrontEnded => CommandEvent::FrontEnded,
                     Word::ParentEnded => CommandEvent::ParentEnded,

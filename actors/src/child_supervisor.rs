@@ -7,6 +7,7 @@
 use async_channel::{Receiver, Sender};
 
 use crate::coordinator::{self, Cause, CommandEnd};
+use crate::repeats::Witness;
 
 /// What the holder of the command is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +23,10 @@ pub enum CommandOrder {
 pub enum CommandEvent {
     /// The command has ended.
     Ended(CommandEnd),
-    /// The front process got this signal, which asks for the end.
+    /// Another process of this server's got this signal, which asks for the end.
     Signal(i32),
+    /// It got it once more, and that was no echo of the first ([`crate::repeats`]): everything is to end at once.
+    SignalAgain(i32),
     /// The front process is gone.
     FrontEnded,
     /// The parent that the server was to live as long as is gone.
@@ -70,7 +73,8 @@ async fn run(events: Receiver<CommandEvent>, coordinator: coordinator::Handle) {
     while let Ok(event) = events.recv().await {
         match event {
             CommandEvent::Ended(end) => return coordinator.shut_down(Cause::CommandEnded(end)),
-            CommandEvent::Signal(number) => coordinator.signal(number),
+            CommandEvent::Signal(number) => coordinator.signal_of(number, Witness::Beside),
+            CommandEvent::SignalAgain(number) => coordinator.signal_again(number),
             CommandEvent::FrontEnded => coordinator.shut_down(Cause::FrontEnded),
             CommandEvent::ParentEnded => coordinator.shut_down(Cause::ParentEnded),
         }

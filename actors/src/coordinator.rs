@@ -22,6 +22,7 @@ use crate::child_supervisor;
 use crate::device::Exports;
 use crate::exit_policy;
 use crate::log::Speaker;
+use crate::repeats::{Heard, Repeats, Witness};
 use crate::server::Hook;
 use crate::session::SessionId;
 use crate::world::{Timer, World};
@@ -120,8 +121,10 @@ impl Outcome {
 pub(crate) enum Message {
     /// A reason to end.
     Cause(Cause),
-    /// A signal that asks for the end, and when it came, since the server's start.
-    Signal { number: i32, at: Duration },
+    /// A signal that asks for the end, which process got it, and when it was heard of, since the server's start.
+    Signal { number: i32, witness: Witness, at: Duration },
+    /// Another process has got such a signal a second time, as it finds.
+    SignalAgain(i32),
     /// A client was accepted.
     SessionOpened(SessionId),
     /// It reached the transmission phase.
@@ -191,10 +194,6 @@ enum Unload {
     Done,
 }
 
-/// A repeated signal counts as a second request only this long after the first: `timeout(1)` signals a process and then its
-/// group, systemd every process of a cgroup.
-const SECOND_SIGNAL: Duration = Duration::from_millis(250);
-
 /// How long sessions may take to say that they have stopped, when they were told to at once. They wait for nothing then, so
 /// one that takes longer never will.
 const CLOSE: Duration = Duration::from_secs(1);
@@ -242,7 +241,7 @@ pub(crate) struct State {
     grace_armed: bool,
     killed: bool,
     closed: bool,
-    first_signals: Vec<(i32, Duration)>,
+    signals: Repeats,
     failure: Option<String>,
     unload: Unload,
 }
@@ -260,7 +259,7 @@ impl State {
             grace_armed: false,
             killed: false,
             closed: false,
-            first_signals: Vec::new(),
+            signals: Repeats::default(),
             failure: None,
             unload: Unload::NotYet,
         }
@@ -290,7 +289,11 @@ impl State {
         }
         match message {
             Message::Cause(cause) => self.on_cause(cause, &mut orders),
-            Message::Signal { number, at } => self.on_signal(number, at, &mut orders),
+            Message::Signal { number, witness, at } => self.on_signal(number, witness, at, &mut orders),
+            Message::SignalAgain(number) => {
+                self.cause.get_or_insert(Cause::Signal(number));
+                self.hurry(&mut orders);
+            }
             Message::SessionOpened(id) => {
                 self.sessions.insert(id);
             }
@@ -351,26 +354,25 @@ impl State {
         }
     }
 
-    fn on_signal(&mut self, number: i32, at: Duration, orders: &mut Vec<Order>) {
+    fn on_signal(&mut self, number: i32, witness: Witness, at: Duration, orders: &mut Vec<Order>) {
         self.cause.get_or_insert(Cause::Signal(number));
-        let first = self.first_signals.iter().find(|(known, _)| *known == number);
-        match first {
-            None => {
-                self.first_signals.push((number, at));
-                self.end_command(number, orders);
+        match self.signals.hear(number, witness, at) {
+            Heard::First => self.end_command(number, orders),
+            Heard::Again => self.hurry(orders),
+            Heard::Echo => {}
+        }
+    }
+
+    /// Somebody has asked a second time.
+    fn hurry(&mut self, orders: &mut Vec<Order>) {
+        self.kill(orders);
+        self.drain(orders);
+        if !self.closed {
+            self.close(orders);
+            // A command's status speaks for itself.
+            if self.command == Command::None {
+                self.fail(Some("a second signal ended the drain".into()));
             }
-            Some((_, first)) if at.saturating_sub(*first) >= SECOND_SIGNAL => {
-                self.kill(orders);
-                self.drain(orders);
-                if !self.closed {
-                    self.close(orders);
-                    // A command's status speaks for itself.
-                    if self.command == Command::None {
-                        self.fail(Some("a second signal ended the drain".into()));
-                    }
-                }
-            }
-            Some(_) => {}
         }
     }
 
@@ -481,7 +483,18 @@ impl Handle {
     /// A signal that asks for the end has come: the first ends the server orderly, the same again a quarter of a second or
     /// more later at once.
     pub fn signal(&self, number: i32) {
-        self.tell(Message::Signal { number, at: self.world.now().duration_since(self.started) });
+        self.signal_of(number, Witness::Here);
+    }
+
+    /// As [`Handle::signal`], of a signal that this process or another of the same server's has got: one that was sent to all of
+    /// them is one request.
+    pub(crate) fn signal_of(&self, number: i32, witness: Witness) {
+        self.tell(Message::Signal { number, witness, at: self.world.now().duration_since(self.started) });
+    }
+
+    /// The second request, of a process that has made sure that it is one.
+    pub(crate) fn signal_again(&self, number: i32) {
+        self.tell(Message::SignalAgain(number));
     }
 
     /// For an actor to hold while it runs: if it panics, that is a fatal cause.
@@ -784,7 +797,7 @@ mod tests {
     #[test]
     fn a_signal_is_passed_on_and_clients_are_served_until_the_command_has_ended() {
         let mut state = State::new(true);
-        let orders = state.on(Message::Signal { number: 15, at: Duration::ZERO });
+        let orders = state.on(Message::Signal { number: 15, witness: Witness::Here, at: Duration::ZERO });
         assert_eq!(orders, [Order::SignalCommand(15), Order::Arm(Deadline::Grace)]);
         assert_eq!(state.on(Message::Deadline(Deadline::Grace)), [Order::KillCommand]);
         let orders = state.on(Message::Cause(Cause::CommandEnded(CommandEnd::Killed(9))));
@@ -797,7 +810,7 @@ mod tests {
     fn a_second_signal_counts_only_after_a_quarter_of_a_second() {
         let mut state = State::new(false);
         play(&mut state, [Message::SessionOpened(ONE)]);
-        let signal = |at| Message::Signal { number: 15, at: Duration::from_millis(at) };
+        let signal = |at| Message::Signal { number: 15, witness: Witness::Here, at: Duration::from_millis(at) };
         assert!(state.on(signal(0)).contains(&Order::DrainSessions));
         assert_eq!(state.on(signal(249)), []);
         assert_eq!(state.on(signal(250)), [Order::CloseSessions, Order::Arm(Deadline::Close)]);
@@ -879,7 +892,7 @@ mod tests {
     /// Everything that can come, in any order in which it can come.
     fn alphabet() -> Vec<Message> {
         let cause = Message::Cause;
-        let signal = |at| Message::Signal { number: SIGTERM, at: Duration::from_millis(at) };
+        let signal = |at| Message::Signal { number: SIGTERM, witness: Witness::Here, at: Duration::from_millis(at) };
         vec![
             cause(Cause::CommandEnded(CommandEnd::Exited(3))),
             cause(Cause::CommandEnded(CommandEnd::Exited(0))),

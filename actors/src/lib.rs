@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `server.rs` | puts the actors together; what an embedder configures |
 //! | `coordinator.rs` | the one place where the end is decided: a pure state machine and a thin actor round it |
+//! | `repeats.rs` | signals that are sent once more, told from one that reaches several processes |
 //! | `listener.rs` | accepts clients, hands each socket to a Session, closes at the Coordinator's word |
 //! | `session/` | one client: `handshake.rs`, then `transmission.rs` |
 //! | `backend.rs` | owns the device of one connection; carries out batches of requests |
@@ -58,6 +59,7 @@ pub mod extents;
 pub mod filter;
 pub mod log;
 pub mod protocol;
+pub mod repeats;
 pub mod segments;
 #[cfg(feature = "simulation")]
 pub mod simulation;

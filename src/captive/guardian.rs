@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nbdcaptive_actors::CommandEnd;
 use nbdcaptive_actors::log::{Level, Log};
+use nbdcaptive_actors::repeats::{Heard, Repeats, Witness};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -30,9 +31,6 @@ use crate::server;
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
 const SIGCONT: i32 = 18;
-
-/// A repeated signal is a second request only this long after the first, as the Coordinator has it.
-const SECOND_SIGNAL: Duration = Duration::from_millis(250);
 
 /// How long a command whose server was killed gets to fail by itself, before it is told to end.
 const CRASH_GRACE: Duration = Duration::from_secs(2);
@@ -75,16 +73,6 @@ enum Alarm {
     LastWaitOver,
 }
 
-/// What a signal that asks for the end is taken for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Request {
-    First,
-    /// The same once more, and meant so: the end is to be at once.
-    Second,
-    /// The first, from another sender or to another process of ours.
-    Echo,
-}
-
 struct Guardian<'a> {
     charge: Charge<'a>,
     link: Option<Link>,
@@ -103,8 +91,9 @@ struct Guardian<'a> {
     crash: Option<i32>,
     /// Signals for the command that came before it was started.
     early: Vec<i32>,
-    /// Signals that asked for the end, and when each came first.
-    asked: Vec<(i32, Instant)>,
+    /// Signals that asked for the end, and since when they are counted.
+    asked: Repeats,
+    began: Instant,
     /// Somebody asked a second time.
     urgent: bool,
     /// The signal that came before the command was started, which it never will be now.
@@ -214,7 +203,8 @@ fn start_server(charge: Charge<'_>, command: Pid, starter: Starter) -> io::Resul
         server_killed: false,
         crash: None,
         early: Vec::new(),
-        asked: Vec::new(),
+        asked: Repeats::default(),
+        began: Instant::now(),
         urgent: false,
         forestalled: None,
         aim: None,
@@ -389,9 +379,9 @@ impl Guardian<'_> {
     fn hear_front(&mut self) {
         while !self.front_gone {
             match self.charge.front_link.hear() {
-                Ok(Some(Word::Signal(number))) => self.on_signal(number),
+                Ok(Some(Word::Signal(number))) => self.on_signal(number, Witness::Beside),
                 Ok(Some(Word::GroupSignal(number))) => {
-                    self.on_signal(number);
+                    self.on_signal(number, Witness::Beside);
                     // The grace period begins, and nobody has to be told.
                     if self.started {
                         self.aim = Some(Vec::new());
@@ -401,7 +391,7 @@ impl Guardian<'_> {
                 Ok(Some(Word::Typed(number))) if self.started && self.command.is_some() => {
                     self.charge.report.debug(format_args!("signal {number} was typed: the command has got it"));
                 }
-                Ok(Some(Word::Typed(number))) => self.on_signal(number),
+                Ok(Some(Word::Typed(number))) => self.on_signal(number, Witness::Beside),
                 Ok(Some(Word::PassOn(number))) => {
                     if let (Some(command), true) = (self.command, self.started) {
                         tree::signal_child(command, number);
@@ -423,46 +413,37 @@ impl Guardian<'_> {
             let number = info.ssi_signo as i32;
             // A signal to us is meant for all of us.
             if matches!(number, 1 | 2 | 3 | SIGTERM) && !(number == 1 && self.charge.inherited.ignores_hangup()) {
-                self.on_signal(number);
+                self.on_signal(number, Witness::Here);
             }
         }
     }
 
     /// Somebody asks for the end: the Coordinator decides what follows, unless it does not answer.
-    fn on_signal(&mut self, number: i32) {
-        let request = self.request(number);
+    fn on_signal(&mut self, number: i32, witness: Witness) {
+        let heard = self.asked.hear(number, witness, self.began.elapsed());
         if !self.started && self.forestalled.is_none() && self.command_end.is_none() {
             self.forestall(number);
         }
-        let told = self.tell_server(&Word::Signal(number));
-        match request {
-            Request::Echo => {}
-            Request::First if self.command.is_none() => {}
-            Request::First if !told => self.end_tree(number),
-            Request::First => {
+        let word = match heard {
+            Heard::First => Word::Signal(number),
+            Heard::Again => Word::SignalAgain(number),
+            Heard::Echo => return,
+        };
+        let told = self.tell_server(&word);
+        if heard == Heard::Again {
+            let is_known = std::mem::replace(&mut self.urgent, true);
+            if told && !is_known {
+                self.arm(ANSWER, Alarm::ServerSilent(number));
+            } else if !is_known {
+                self.kill_tree();
+            }
+        } else if self.command.is_some() {
+            if told {
                 self.aim = Some(self.below_us().1);
                 self.arm(ANSWER, Alarm::ServerSilent(number));
+            } else {
+                self.end_tree(number);
             }
-            Request::Second => {
-                self.urgent = true;
-                if told {
-                    self.arm(ANSWER, Alarm::ServerSilent(number));
-                } else {
-                    self.kill_tree();
-                }
-            }
-        }
-    }
-
-    fn request(&mut self, number: i32) -> Request {
-        let now = Instant::now();
-        match self.asked.iter().find(|(known, _)| *known == number) {
-            None => {
-                self.asked.push((number, now));
-                Request::First
-            }
-            Some((_, first)) if now.duration_since(*first) >= SECOND_SIGNAL && !self.urgent => Request::Second,
-            Some(_) => Request::Echo,
         }
     }
 

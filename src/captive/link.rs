@@ -20,6 +20,8 @@ pub struct Link(OwnedFd);
 pub enum Word {
     /// Front to guardian, guardian to server: a signal that asks for the end was sent to us.
     Signal(i32),
+    /// Guardian to server: it was sent once more.
+    SignalAgain(i32),
     /// Front to guardian: a signal that asks for the end was sent to our whole group, so the command has got it.
     GroupSignal(i32),
     /// Front to guardian: a signal was typed at the terminal. The command, while there is one, got it from there.
@@ -131,6 +133,7 @@ fn encode(word: &Word) -> Vec<u8> {
         Word::Outcome { status, signal } => (10, [*status, *signal], &[]),
         Word::ParentEnded => (11, [0, 0], &[]),
         Word::GroupSignal(number) => (13, [*number, 0], &[]),
+        Word::SignalAgain(number) => (14, [*number, 0], &[]),
         Word::Typed(number) => (12, [*number, 0], &[]),
     };
     let mut bytes = vec![tag];
@@ -159,6 +162,7 @@ fn decode(bytes: &[u8]) -> Option<Word> {
         11 => Word::ParentEnded,
         12 => Word::Typed(first),
         13 => Word::GroupSignal(first),
+        14 => Word::SignalAgain(first),
         _ => return None,
     })
 }
@@ -173,6 +177,7 @@ mod tests {
         let words = [
             Word::Signal(15),
             Word::GroupSignal(15),
+            Word::SignalAgain(15),
             Word::Typed(2),
             Word::PassOn(10),
             Word::ServerPid(12),
