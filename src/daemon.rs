@@ -13,6 +13,7 @@ use nix::unistd::{Pid, setsid};
 use crate::captive::fork::{Side, split};
 use crate::cli::Options;
 use crate::inherited::{Inherited, all_signals};
+use crate::listen::Activation;
 use crate::report::Report;
 use crate::server;
 
@@ -56,7 +57,7 @@ pub fn run(options: &Options, inherited: &Inherited) -> i32 {
             Side::Child => {
                 drop(reader);
                 let daemon = Some(Launcher(writer));
-                let role = server::Role::Alone { inherited, daemon, activated: Vec::new() };
+                let role = server::Role::Alone { inherited, daemon, activated: Activation::default() };
                 let status = match setsid() {
                     Ok(_) => server::run(options, role),
                     Err(_) => 1,

@@ -4,7 +4,7 @@
 //! remove it. Nothing is removed that is not ours: a pid file only while it holds our pid, a socket only while nobody answers
 //! at it. Source: nbdkit server/sockets.c, server/main.c `write_pidfile`.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -109,30 +109,42 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|about| (about.dev(), about.ino()))
 }
 
-/// The sockets that came with the process, as systemd gives them to a service; usually none. Takes them out of the
+/// What came with the process, as systemd gives it to a service; usually nothing.
+#[derive(Debug, Default)]
+pub struct Activation {
+    /// To listen on.
+    pub sockets: Vec<OwnedFd>,
+    /// The variables that told of them, as they were in the environment.
+    pub told: Vec<(&'static str, OsString)>,
+}
+
+/// The sockets that came with the process. Takes them out of the
 /// environment, so that no process that is started from here takes them for its own. Errors: what was announced is not
 /// there, as a line for people. To be called once, before any thread and any descriptor exists.
 /// Source: sd_listen_fds(3); nbdkit server/socket-activation.c.
-pub fn activated() -> Result<Vec<OwnedFd>, String> {
+pub fn activated() -> Result<Activation, String> {
     let number = |name: &str| {
         let value = std::env::var_os(name)?;
         // As in nbdkit: what cannot be read is not for us.
         crate::values::unsigned(name, &value.to_string_lossy()).inspect_err(|error| Report::early().error(error)).ok()
     };
-    let Some(pid) = number("LISTEN_PID") else { return Ok(Vec::new()) };
+    let Some(pid) = number("LISTEN_PID") else { return Ok(Activation::default()) };
     if pid != std::process::id() {
         Report::early().say("LISTEN_PID was not for us (ignored)");
-        return Ok(Vec::new());
+        return Ok(Activation::default());
     }
-    let Some(count) = number("LISTEN_FDS") else { return Ok(Vec::new()) };
+    let Some(count) = number("LISTEN_FDS") else { return Ok(Activation::default()) };
     if !(1..=MOST_ACTIVATED).contains(&count) {
         return Err(format!("socket activation: LISTEN_FDS={count} out of range"));
     }
+    let mut told = Vec::new();
     for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"] {
+        told.extend(std::env::var_os(name).map(|value| (name, value)));
         // SAFETY: there is no other thread that could read the environment meanwhile.
         unsafe { std::env::remove_var(name) };
     }
-    (FIRST_ACTIVATED..).take(count as usize).map(activated_socket).collect()
+    let sockets = (FIRST_ACTIVATED..).take(count as usize).map(activated_socket).collect::<Result<_, _>>()?;
+    Ok(Activation { sockets, told })
 }
 
 /// The first descriptor of socket activation: those below are stdin, stdout and stderr.

@@ -19,7 +19,7 @@ pub fn run(words: Vec<OsString>) -> i32 {
     identity::take(words.first().map(OsString::as_os_str));
     let inherited = Inherited::take();
     let activated = match listen::activated() {
-        Ok(sockets) => sockets,
+        Ok(activation) => activation,
         Err(error) => {
             Report::early().say(error);
             return 1;
@@ -28,7 +28,7 @@ pub fn run(words: Vec<OsString>) -> i32 {
     let current_directory = std::env::current_dir().ok();
     let parsed = cli::parse(words.into_iter().skip(1), current_directory.as_deref());
     let allowed = parsed.and_then(|(request, options)| {
-        if !activated.is_empty() {
+        if !activated.sockets.is_empty() {
             cli::check_activated(&options)?;
         }
         Ok((request, options))
@@ -51,7 +51,7 @@ pub fn run(words: Vec<OsString>) -> i32 {
     }
     if options.run.is_some() {
         captive::front::run(&options, &inherited)
-    } else if options.foreground || !activated.is_empty() {
+    } else if options.foreground || !activated.sockets.is_empty() {
         // Whoever gave us sockets holds on to our pid.
         server::run(&options, server::Role::Alone { inherited: &inherited, daemon: None, activated })
     } else {

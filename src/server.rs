@@ -1,5 +1,6 @@
 //! The process that serves: configures, listens, says that it is ready, waits for the engine, cleans up.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -28,7 +29,7 @@ use crate::daemon::Launcher;
 use crate::identity;
 use crate::inherited::{Inherited, all_signals};
 use crate::kept;
-use crate::listen::{self, Listening, PrivateDirectory};
+use crate::listen::{self, Activation, Listening, PrivateDirectory};
 use crate::report::{Report, print};
 use crate::sweeper::Sweeper;
 use crate::tls;
@@ -44,7 +45,7 @@ pub enum Role<'a> {
         /// Who waits to hear that the server is ready, if it goes into the background.
         daemon: Option<Launcher>,
         /// Sockets to listen on that came with the process.
-        activated: Vec<OwnedFd>,
+        activated: Activation,
     },
     /// The server below a guardian.
     Captive {
@@ -148,7 +149,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         }
         Role::Captive { link, parent, private } => {
             let parent = parent.map_or(Parent::NotWatched, Parent::Watched);
-            (parent, Some(Captivity { link }), private, None, Vec::new(), false)
+            (parent, Some(Captivity { link }), private, None, Activation::default(), false)
         }
     };
     // Before anything else can write to what is the client's.
@@ -166,10 +167,10 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
     if options.verbose {
         layers.trace(Trace::new(&flags, &report));
         if flags.environ != 0 {
-            show_environment(&report);
+            show_environment(&report, &activated.told);
         }
     }
-    report.debug(format_args!("service mode: {}", service_mode(options, !activated.is_empty())));
+    report.debug(format_args!("service mode: {}", service_mode(options, !activated.sockets.is_empty())));
     report.debug(format_args!("request processing: {}", way(&layers)));
     let Stack { exports, lifetime, plugin, after_fork, asked } =
         layers.configure(&options.parameters).map_err(config)?;
@@ -208,9 +209,9 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             Some((stdin, stdout)) => Source::One(
                 Descriptors::on_reactor(stdin, stdout).map_err(|error| format!("stdin and stdout: {error}"))?,
             ),
-            None if !activated.is_empty() => {
-                report.debug(format_args!("using socket activation, nr_socks = {}", activated.len()));
-                Source::Many(Listening { sockets: activated, place: String::new(), port: None, unix: None })
+            None if !activated.sockets.is_empty() => {
+                report.debug(format_args!("using socket activation, nr_socks = {}", activated.sockets.len()));
+                Source::Many(Listening { sockets: activated.sockets, place: String::new(), port: None, unix: None })
             }
             None => {
                 let listening = listen::start(options, private.as_ref())?;
@@ -356,9 +357,10 @@ fn may_lock_any_memory(options: &Options) -> bool {
     has_capability && options.user.as_deref().is_none_or(user::is_root)
 }
 
-/// `-D nbdkit.environ=1`
-fn show_environment(report: &Report) {
-    for (name, value) in std::env::vars_os() {
+/// `-D nbdkit.environ=1`: what the caller gave, with the variables of socket activation that are gone by now.
+fn show_environment(report: &Report, told: &[(&'static str, OsString)]) {
+    let told = told.iter().map(|(name, value)| (name.into(), value.clone()));
+    for (name, value) in told.chain(std::env::vars_os()) {
         report.debug(format_args!("{}={}", name.to_string_lossy(), value.to_string_lossy()));
     }
 }

@@ -291,6 +291,25 @@ mod activation {
         room.assert_nothing_left();
     }
 
+    /// "-D nbdkit.environ=1: Print nbdkit's environment variables in the debug output at start up", as they were given.
+    #[test]
+    fn the_variables_of_the_announcement_are_shown_where_asked_for() {
+        if nbdkit_differs("1.32 does not have it") {
+            return;
+        }
+        let room = Room::new();
+        let arguments = ["-v", "-D", "nbdkit.environ=1", "--filter=exitlast", "memory", "1M"];
+        let mut launch = with_sockets(&room, vec![at(&room, "s")], &arguments);
+        let running = launch.env("LISTEN_FDNAMES", "hello").start();
+        drop(launch);
+        room.tool("nbdinfo", ["--size", "nbd+unix://?socket=s"]).run_to(0);
+        let pid = running.pid();
+        let output = running.finish().expect(0);
+        for line in [format!("LISTEN_PID={pid}"), "LISTEN_FDS=1".to_owned(), "LISTEN_FDNAMES=hello".to_owned()] {
+            assert!(output.stderr.contains(&format!("debug: {line}\n")), "{line}: {output:#?}");
+        }
+    }
+
     /// E16: "SIGKILL: path kept", "no guardian (nothing of ours on disk)"
     #[test]
     fn is_one_process_whose_kill_leaves_the_path() {
