@@ -261,6 +261,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         .oldstyle(options.oldstyle)
         .max_clients(options.max_clients.map(|limit| limit.get() as usize))
         .structured_replies(!options.no_structured_replies)
+        .extended_headers(!options.no_extended_headers)
         .meta_contexts(!options.no_meta_contexts)
         .mask_handshake(options.mask_handshake as u16)
         .handshake_timeout(options.timeout)

@@ -62,6 +62,7 @@ impl Server {
                 read_only: false,
                 oldstyle: false,
                 structured_replies: true,
+                extended_headers: true,
                 meta_contexts: true,
                 handshake_flags: u16::MAX,
                 handshake_timeout: None,
@@ -129,9 +130,15 @@ impl Server {
         self
     }
 
-    /// Offers structured replies and extended headers (the default).
+    /// Offers structured replies (the default). Without them there are no extended headers either.
     pub fn structured_replies(mut self, yes: bool) -> Server {
         self.rules.structured_replies = yes;
+        self
+    }
+
+    /// Offers extended headers (the default), if structured replies are offered.
+    pub fn extended_headers(mut self, yes: bool) -> Server {
+        self.rules.extended_headers = yes;
         self
     }
 

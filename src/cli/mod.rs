@@ -178,6 +178,8 @@ pub struct Options {
     pub max_clients: Option<NonZeroU32>,
     /// `--no-mc`
     pub no_meta_contexts: bool,
+    /// `--no-eh`
+    pub no_extended_headers: bool,
     /// `--no-sr`
     pub no_structured_replies: bool,
     /// `-P`, absolute.
@@ -250,6 +252,7 @@ impl Default for Options {
             oldstyle: false,
             max_clients: None,
             no_meta_contexts: false,
+            no_extended_headers: false,
             no_structured_replies: false,
             pidfile: None,
             port: None,

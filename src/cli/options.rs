@@ -25,8 +25,19 @@ pub struct OptionSpec {
 }
 
 /// Names that nbdkit does not have.
-pub(super) const OUR_OWN: &[&str] =
-    &["candidates", "completion", "drain-timeout", "grace-period", "json", "man", "max-clients", "probe", "spin"];
+pub(super) const OUR_OWN: &[&str] = &[
+    "candidates",
+    "completion",
+    "drain-timeout",
+    "grace-period",
+    "json",
+    "man",
+    "max-clients",
+    "no-eh",
+    "no-extended-headers",
+    "probe",
+    "spin",
+];
 
 /// What an option does when it is met. A setter's error that is a sentence is one without the program's name.
 #[derive(Debug)]
@@ -351,6 +362,15 @@ pub static OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         short: None,
+        long: &["no-eh", "no-extended-headers"],
+        help: "Do not offer extended headers
+
+            For tests of clients, which then use structured replies, as with servers that have no extended headers.
+        ",
+        effect: Effect::Flag(|options| options.no_extended_headers = true),
+    },
+    OptionSpec {
+        short: None,
         long: &["no-mc", "no-meta-contexts"],
         help: "Do not offer meta contexts
 
@@ -363,7 +383,8 @@ pub static OPTIONS: &[OptionSpec] = &[
         long: &["no-sr", "no-structured-replies"],
         help: "Do not offer structured replies
 
-            For tests of clients, which then cannot be told of holes in what they read.
+            For tests of clients, which then cannot be told of holes in what they read. There are no extended headers then
+            either.
         ",
         effect: Effect::Flag(|options| options.no_structured_replies = true),
     },

@@ -125,6 +125,20 @@ mod negotiation {
         client.expect_alive();
     }
 
+    #[test]
+    fn a_server_without_extended_headers_has_structured_replies() {
+        let room = Room::new();
+        for option in ["--no-eh", "--no-extended-headers"] {
+            let Some(server) = serve(&room, &[option, "memory", "16M"]) else { return };
+            let mut client = server.connect();
+            client.start();
+            client.expect_refused(NBD_OPT_EXTENDED_HEADERS, b"", NBD_REP_ERR_UNSUP);
+            client.ask_for_structured_replies();
+            client.go(b"");
+            client.expect_alive();
+        }
+    }
+
     /// "Servers MUST NOT advertise [NBD_FLAG_BLOCK_STATUS_PAYLOAD] unless the client successfully negotiates extended headers
     /// [...], and SHOULD NOT [...] if the client does not negotiate metacontexts"
     #[test]

@@ -203,6 +203,9 @@ impl Handshake<'_> {
             HandshakeOption::ExtendedHeaders if !self.surroundings.rules.structured_replies => {
                 self.refuse(option, NBD_REP_ERR_UNSUP, "structured replies are disabled");
             }
+            HandshakeOption::ExtendedHeaders if !self.surroundings.rules.extended_headers => {
+                self.refuse(option, NBD_REP_ERR_UNSUP, "extended headers are disabled");
+            }
             HandshakeOption::ExtendedHeaders if self.headers == Headers::Extended => {
                 self.refuse(option, NBD_REP_ERR_INVALID, "extended headers are in use already");
             }

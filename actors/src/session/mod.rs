@@ -47,8 +47,10 @@ pub(crate) struct Rules {
     pub read_only: bool,
     /// Speak the oldstyle handshake.
     pub oldstyle: bool,
-    /// Offer structured replies and extended headers.
+    /// Offer structured replies.
     pub structured_replies: bool,
+    /// Offer extended headers, where structured replies are offered.
+    pub extended_headers: bool,
     /// Offer metadata contexts.
     pub meta_contexts: bool,
     /// Handshake flags that may be offered.
