@@ -28,7 +28,13 @@ fn agreement() -> Agreement {
         fua: Support::Native,
         ..Capabilities::default()
     };
-    Agreement { size: 1 << 30, offered, headers: Headers::Structured, contexts: Contexts::BASE_ALLOCATION }
+    Agreement {
+        size: 1 << 30,
+        offered,
+        takes_any_size: false,
+        headers: Headers::Structured,
+        contexts: Contexts::BASE_ALLOCATION,
+    }
 }
 
 /// A batch of 4 KiB reads, as a client sends it.

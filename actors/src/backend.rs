@@ -460,10 +460,6 @@ impl Backend {
     /// Whether it was answered, if only with an error.
     fn try_at_once(&mut self, work: &mut Work, out: &mut Segments) -> bool {
         let command = match &work.command {
-            Ok(Command::Nothing) => {
-                work.to.done(out);
-                return true;
-            }
             Ok(command) => *command,
             Err(refusal) => {
                 let why = format!("invalid request: {}", refusal.why);
@@ -705,7 +701,7 @@ fn carry_out(
         }
         Command::Cache { offset, length } if offered.cache.is_own() => device.cache(length, offset, call)?,
         Command::Cache { offset, length } => read_through(device, offered, length, offset, call)?,
-        Command::Nothing | Command::NarrowBlockStatus { .. } => {}
+        Command::NarrowBlockStatus { .. } => {}
     }
     if flush_after && offered.fua == Support::Emulate {
         device.flush(call)?;

@@ -321,6 +321,29 @@ fn a_script_may_end_server_and_client() {
     }
 }
 
+/// "A client could still ignore the constraints. nbdkit passes all requests through to the plugin [...]. It might decide to serve
+/// the requests correctly anyway, or reject them with an error." nbdkit-plugin(3); libnbd's tests/errors-server-oversize.c
+#[test]
+fn block_sizes_of_a_script_are_advice_and_it_is_asked_for_anything() {
+    let room = Room::new();
+    let server = room.serve([
+        "eval",
+        "get_size=echo 1M",
+        "block_size=echo 512 4K 64K",
+        "pread=echo pread $3 $4 >> log; head -c $3 /dev/zero",
+        "pwrite=cat > /dev/null; echo pwrite $3 $4 >> log; if [ $3 -gt 131072 ]; then echo EOVERFLOW >&2; exit 1; fi",
+    ]);
+    let mut client = server.structured();
+    assert_eq!(client.read(1, 3), [0; 3]);
+    assert_eq!(client.read(512, 128 << 10).len(), 128 << 10);
+    assert_eq!(client.write(0, 5, b"x"), NBD_SUCCESS);
+    assert_eq!(client.write(0, 0, &vec![1; 256 << 10]), NBD_EINVAL);
+    drop(client);
+    server.terminate().expect(0);
+    let log = fs::read_to_string(room.path("log")).expect("the script wrote it");
+    assert_eq!(log, "pread 3 1\npread 131072 512\npwrite 1 5\npwrite 262144 0\n");
+}
+
 /// "future client requests are rejected with ESHUTDOWN without calling into the plugin": whichever method says so, and what
 /// the client has sent already but the script was not asked.
 #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::Reader;
 use super::constants::*;
-use crate::device::{Capabilities, Support};
+use crate::device::{BlockSize, Capabilities, Support};
 
 /// The length of a request's header, in bytes.
 pub const REQUEST_HEADER: usize = 28;
@@ -134,8 +134,6 @@ pub enum Command {
     BlockStatus { offset: u64, length: u64, one: bool, contexts: Contexts },
     /// `NBD_CMD_BLOCK_STATUS` with a payload that has the rest of it: see [`Agreement::narrow`]
     NarrowBlockStatus { offset: u64, one: bool },
-    /// Nothing to do: a request of no length.
-    Nothing,
 }
 
 /// Why a request is refused.
@@ -228,6 +226,8 @@ pub struct Agreement {
     pub size: u64,
     /// What the device can do, as offered: read-only is in it.
     pub offered: Capabilities,
+    /// The block sizes in it are advice, which requests need not keep to.
+    pub takes_any_size: bool,
     /// By `NBD_OPT_STRUCTURED_REPLY` or `NBD_OPT_EXTENDED_HEADERS`.
     pub headers: Headers,
     /// By `NBD_OPT_SET_META_CONTEXT`.
@@ -274,7 +274,7 @@ impl Agreement {
             if offset != 0 || length != 0 {
                 return refuse(ErrorCode::Invalid, RefusalReason::FlushRange);
             }
-        } else if !narrows && offset.checked_add(length).is_none_or(|end| end > self.size) {
+        } else if !narrows && !self.is_within(offset, length) {
             let past_end = RefusalReason::PastEnd { offset, length, size: self.size };
             let no_space = matches!(kind, NBD_CMD_WRITE | NBD_CMD_WRITE_ZEROES);
             return refuse(if no_space { ErrorCode::NoSpace } else { ErrorCode::Invalid }, past_end);
@@ -327,9 +327,8 @@ impl Agreement {
         if kind == NBD_CMD_BLOCK_STATUS && self.contexts.is_empty() {
             return refuse(ErrorCode::Invalid, RefusalReason::NoMetaContext);
         }
-        let limits = offered.block_size;
         if matches!(kind, NBD_CMD_READ | NBD_CMD_WRITE) {
-            let maximum = limits.map_or(MAX_PAYLOAD, |limits| limits.maximum.min(MAX_PAYLOAD));
+            let maximum = self.limits().map_or(MAX_PAYLOAD, |limits| limits.maximum.min(MAX_PAYLOAD));
             if length > u64::from(maximum) {
                 let code = if has(NBD_CMD_FLAG_DF) { ErrorCode::Overflow } else { ErrorCode::Invalid };
                 return refuse(code, RefusalReason::TooLarge { length, maximum });
@@ -342,18 +341,13 @@ impl Agreement {
             return Ok(Command::NarrowBlockStatus { offset, one: has(NBD_CMD_FLAG_REQ_ONE) });
         }
         self.check_alignment(offset, length)?;
-        if kind == NBD_CMD_BLOCK_STATUS && length == 0 {
-            return refuse(ErrorCode::Invalid, RefusalReason::PastEnd { offset, length, size: self.size });
-        }
 
         let fua = has(NBD_CMD_FLAG_FUA);
         // Of a read or a write it was checked that it fits.
         let short = u32::try_from(length).unwrap_or(u32::MAX);
         Ok(match kind {
             NBD_CMD_FLUSH => Command::Flush,
-            // A read of nothing still has a reply with (no) data.
             NBD_CMD_READ => Command::Read { offset, length: short, whole: has(NBD_CMD_FLAG_DF) },
-            _ if length == 0 => Command::Nothing,
             NBD_CMD_WRITE => Command::Write { offset, length: short, fua },
             NBD_CMD_TRIM => Command::Trim { offset, length, fua },
             NBD_CMD_CACHE => Command::Cache { offset, length },
@@ -388,7 +382,7 @@ impl Agreement {
         if !reader.0.is_empty() || contexts.is_empty() {
             return Err(wrong);
         }
-        if length == 0 || offset.checked_add(length).is_none_or(|end| end > self.size) {
+        if !self.is_within(offset, length) {
             let why = RefusalReason::PastEnd { offset, length, size: self.size };
             return Err(Refusal { code: ErrorCode::Invalid, why });
         }
@@ -396,8 +390,19 @@ impl Agreement {
         Ok(Command::BlockStatus { offset, length, one, contexts })
     }
 
+    /// Whether these bytes are some, and of the export. What becomes of a request of no length is left to servers; nbdkit
+    /// refuses it (server/backend.c `backend_valid_range`), and its clients' tests count on that.
+    fn is_within(&self, offset: u64, length: u64) -> bool {
+        length > 0 && offset.checked_add(length).is_some_and(|end| end <= self.size)
+    }
+
+    /// The block sizes that requests must keep to.
+    fn limits(&self) -> Option<BlockSize> {
+        self.offered.block_size.filter(|_| !self.takes_any_size)
+    }
+
     fn check_alignment(&self, offset: u64, length: u64) -> Result<(), Refusal> {
-        let minimum = self.minimum_block();
+        let minimum = self.limits().map_or(1, |limits| limits.minimum.max(1));
         if offset.is_multiple_of(u64::from(minimum)) && length.is_multiple_of(u64::from(minimum)) {
             return Ok(());
         }
@@ -405,7 +410,7 @@ impl Agreement {
         Err(Refusal { code: ErrorCode::Invalid, why })
     }
 
-    /// What offsets and lengths are multiples of, in bytes.
+    /// What the offsets and lengths of replies are multiples of, in bytes, where those of the request are.
     pub fn minimum_block(&self) -> u32 {
         self.offered.block_size.map_or(1, |limits| limits.minimum.max(1))
     }
@@ -414,7 +419,6 @@ impl Agreement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::BlockSize;
 
     fn agreement() -> Agreement {
         let offered = Capabilities {
@@ -429,7 +433,13 @@ mod tests {
             block_size: Some(BlockSize { minimum: 512, preferred: 4096, maximum: 1 << 20 }),
             ..Capabilities::default()
         };
-        Agreement { size: 1 << 20, offered, headers: Headers::Structured, contexts: Contexts::BASE_ALLOCATION }
+        Agreement {
+            size: 1 << 20,
+            offered,
+            takes_any_size: false,
+            headers: Headers::Structured,
+            contexts: Contexts::BASE_ALLOCATION,
+        }
     }
 
     fn check(agreement: &Agreement, kind: u16, flags: u16, offset: u64, length: u64) -> Result<Command, ErrorCode> {
@@ -453,7 +463,12 @@ mod tests {
         assert_eq!(check(&all, NBD_CMD_READ, 1 << 15, 0, 512), invalid);
         assert_eq!(check(&all, NBD_CMD_READ, NBD_CMD_FLAG_NO_HOLE, 0, 512), invalid);
         assert_eq!(check(&all, NBD_CMD_FLUSH, 0, 0, 512), invalid);
-        assert_eq!(check(&all, NBD_CMD_BLOCK_STATUS, 0, 0, 0), invalid);
+        for kind in [NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_CACHE, NBD_CMD_BLOCK_STATUS] {
+            assert_eq!(check(&all, kind, 0, 0, 0), invalid);
+        }
+        for kind in [NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES] {
+            assert_eq!(check(&all, kind, 0, 0, 0), Err(ErrorCode::NoSpace));
+        }
         assert_eq!(check(&read_only, NBD_CMD_WRITE, 0, 0, 512), Err(ErrorCode::NotPermitted));
         assert_eq!(check(&read_only, NBD_CMD_TRIM, 0, 0, 512), Err(ErrorCode::NotPermitted));
         assert_eq!(check(&read_only, NBD_CMD_FLUSH, 0, 0, 0), invalid);
@@ -475,5 +490,16 @@ mod tests {
         assert_eq!(check(&all, NBD_CMD_READ, NBD_CMD_FLAG_DF, 0, (1 << 20) + 512), Err(ErrorCode::Overflow));
         let long = check(&all, NBD_CMD_TRIM, 0, 0, 1 << 30);
         assert_eq!(long, Ok(Command::Trim { offset: 0, length: 1 << 30, fua: false }));
+    }
+
+    #[test]
+    fn block_sizes_that_are_advice_refuse_nothing() {
+        let all = Agreement { size: 1 << 30, takes_any_size: true, ..agreement() };
+        assert_eq!(
+            check(&all, NBD_CMD_READ, 0, 1, (1 << 20) + 1),
+            Ok(Command::Read { offset: 1, length: (1 << 20) + 1, whole: false })
+        );
+        assert_eq!(check(&all, NBD_CMD_READ, 0, 0, u64::from(MAX_PAYLOAD) + 1), Err(ErrorCode::Invalid));
+        assert_eq!(all.minimum_block(), 512);
     }
 }

@@ -14,7 +14,7 @@ use smol::lock::MutexGuardArc;
 use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{calmly, open};
 use crate::coordinator::Message;
-use crate::device::{Capabilities, Client, Connection, Error, Exports, MetaContext, Result as DeviceResult};
+use crate::device::{Client, Connection, Error, Exports, MetaContext, Result as DeviceResult};
 use crate::log::Speaker;
 use crate::protocol::constants::*;
 use crate::protocol::handshake::*;
@@ -413,11 +413,8 @@ impl Handshake<'_> {
         };
         let agreement = Agreement {
             size: opened.size,
-            offered: if opened.takes_any_size {
-                Capabilities { block_size: None, ..opened.offered }
-            } else {
-                opened.offered
-            },
+            offered: opened.offered,
+            takes_any_size: opened.takes_any_size,
             headers: self.headers,
             contexts: contexts.unwrap_or_default(),
         };

@@ -590,6 +590,11 @@ impl Device for State {
         })
     }
 
+    /// The script decides, as nbdkit-plugin(3) has it: "nbdkit passes all requests through to the plugin".
+    fn takes_any_size(&self) -> bool {
+        true
+    }
+
     fn read(&self, buffer: &mut [u8], offset: u64, _call: &Call) -> device::Result<()> {
         buffer.copy_from_slice(&self.pread(buffer.len(), offset)?);
         Ok(())
