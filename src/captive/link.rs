@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nbdcaptive_actors::CommandEnd;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use rustix::buffer::spare_capacity;
+use rustix::net::RecvFlags;
 
 /// The longest message, in bytes: the shell variables, whose names are four paths of at most 4096 bytes, quoted.
 pub(super) const LONGEST: usize = 64 * 1024;
@@ -83,17 +85,18 @@ impl Link {
 
     /// What was said: `Ok(None)` when the other process is gone. Errors: `WouldBlock` when nothing was said.
     pub fn hear(&self) -> io::Result<Option<Word>> {
-        let mut bytes = vec![0; LONGEST];
+        // Room that is not touched is not paid for: nearly all words are short.
+        let mut bytes = Vec::with_capacity(LONGEST);
         loop {
-            match recv(self.0.as_raw_fd(), &mut bytes, MsgFlags::empty()) {
-                Ok(0) => return Ok(None),
+            match rustix::net::recv(&self.0, spare_capacity(&mut bytes), RecvFlags::empty()) {
+                Ok((0, _)) => return Ok(None),
                 // What cannot be read is from a process that is not ours, which there is none of.
-                Ok(count) => match decode(&bytes[..count]) {
+                Ok(_) => match decode(&bytes) {
                     Some(word) => return Ok(Some(word)),
                     None => return Err(io::ErrorKind::InvalidData.into()),
                 },
-                Err(Errno::EINTR) => {}
-                Err(Errno::ECONNRESET) => return Ok(None),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
         }
