@@ -199,15 +199,7 @@ impl filter::Filter for File {
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
-        let next = self.next.capabilities()?;
-        Ok(Capabilities {
-            write: false,
-            multi_conn: true,
-            extents: false,
-            cache: Support::Emulate,
-            block_size: None,
-            ..next
-        })
+        Ok(capabilities(self.next.capabilities()?))
     }
 
     fn answers_at_once(&self) -> bool {
@@ -217,4 +209,9 @@ impl filter::Filter for File {
     fn read(&self, buffer: &mut [u8], offset: u64, _call: &Call) -> Result<()> {
         self.unpacked.file.read(buffer, offset)
     }
+}
+
+/// What can be done with what is unpacked of a device that can do `packed`: read it, the same for every client.
+pub(super) fn capabilities(packed: Capabilities) -> Capabilities {
+    Capabilities { write: false, multi_conn: true, extents: false, cache: Support::Emulate, block_size: None, ..packed }
 }

@@ -11,12 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lzma_rust2::XzReader;
 use nbdcaptive_actors::device::{
-    Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Result, Segments, Support, ThreadModel,
+    Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Result, Segments, ThreadModel,
 };
 use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
 
 use super::kit::unknown;
 use super::next::{Stream, look_at_start};
+use super::unpacked;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
 use crate::overlay::Sink;
 use crate::values;
@@ -388,15 +389,7 @@ impl filter::Filter for File {
     }
 
     fn capabilities(&self) -> Result<Capabilities> {
-        let next = self.next.capabilities()?;
-        Ok(Capabilities {
-            write: false,
-            multi_conn: true,
-            extents: false,
-            cache: Support::Emulate,
-            block_size: None,
-            ..next
-        })
+        Ok(unpacked::capabilities(self.next.capabilities()?))
     }
 
     fn answers_at_once(&self) -> bool {
