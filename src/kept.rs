@@ -280,21 +280,6 @@ pub fn spawn(program: Program<'_>, streams: &Streams) -> io::Result<Pid> {
     }
 }
 
-/// Whether the kernel is taking a process apart: it runs no instruction of its own any more, its descriptors may be closed
-/// already, and sooner or later it can be waited for. Says no of one that has come to that, and where the kernel does not tell.
-/// Source: proc(5) `/proc/[pid]/stat`; Linux include/linux/sched.h `PF_EXITING`.
-pub fn is_ending(pid: Pid) -> bool {
-    const PF_EXITING: u32 = 4;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name is in parentheses and may hold more of them. The state comes first behind it, the flags seventh.
-    let Some((_, fields)) = stat.rsplit_once(')') else { return false };
-    let mut fields = fields.split_ascii_whitespace();
-    // Of a leader whose threads go on nobody knows when they end.
-    let is_zombie = fields.next() == Some("Z");
-    let flags = fields.nth(5).and_then(|flags| flags.parse::<u32>().ok()).unwrap_or(0);
-    !is_zombie && flags & PF_EXITING != 0
-}
-
 /// When a program is run: while the server starts nobody else hears signals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -575,16 +560,17 @@ mod tests {
     /// What is on its way out is so for moments only: here are its neighbours, which a wait for the end must not take for it.
     #[test]
     fn who_lives_and_who_has_ended_is_not_ending() {
-        assert!(!is_ending(Pid::this()));
+        use crate::captive::tree::is_ending;
+        assert!(!is_ending(Pid::this().as_raw()));
         let environment = environment(&[]);
         let program = Program { path: c"/bin/true", words: &[c"true"], environment: &environment };
         let pid = spawn(program, &Streams::default()).unwrap();
         let pidfd = pidfd_open(rustix::process::Pid::from_raw(pid.as_raw()).unwrap(), PidfdFlags::empty()).unwrap();
         let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
         assert_eq!(poll(&mut fds, PollTimeout::from(30_000_u16)), Ok(1));
-        assert!(!is_ending(pid));
+        assert!(!is_ending(pid.as_raw()));
         assert!(matches!(waitpid(pid, None), Ok(WaitStatus::Exited(_, 0))));
-        assert!(!is_ending(pid));
+        assert!(!is_ending(pid.as_raw()));
     }
 
     #[test]

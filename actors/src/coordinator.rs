@@ -820,6 +820,14 @@ mod tests {
     }
 
     #[test]
+    fn a_second_signal_that_another_process_is_sure_of_counts_at_once() {
+        let mut state = State::new(false);
+        let first = Message::Signal { number: 15, witness: Witness::Beside, at: Duration::ZERO };
+        play(&mut state, [Message::SessionOpened(ONE), first]);
+        assert_eq!(state.on(Message::SignalAgain(15)), [Order::CloseSessions, Order::Arm(Deadline::Close)]);
+    }
+
+    #[test]
     fn an_event_refuses_new_clients_and_serves_the_present_ones() {
         let mut state = State::new(false);
         play(&mut state, [Message::SessionOpened(ONE), Message::SessionNegotiated(ONE)]);

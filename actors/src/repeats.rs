@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// A process that was asked twice in less time was asked once.
-const SAME: Duration = Duration::from_millis(250);
+pub const SAME: Duration = Duration::from_millis(250);
 /// Two processes that were asked in less time were asked together, however busy the machine is.
 const OTHER: Duration = Duration::from_secs(2);
 

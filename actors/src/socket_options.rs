@@ -29,7 +29,7 @@ pub(crate) fn set_low_water(socket: &impl AsFd, count: i32) -> nix::Result<()> {
 /// module, or it has no label for it. Source: socket(7); nbdkit server/public.c `nbdkit_peer_security_context`.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(crate) fn peer_label(socket: impl AsFd) -> Option<Vec<u8>> {
-    let mut label = vec![0; LABEL];
+    let mut label = [0; LABEL];
     let mut length = LABEL as libc::socklen_t;
     // SAFETY: at most `length` bytes are written to `label`, which is as long, and to `length` how many they were; both during
     // the call.
@@ -43,10 +43,9 @@ pub(crate) fn peer_label(socket: impl AsFd) -> Option<Vec<u8>> {
         )
     };
     Errno::result(result).ok()?;
-    label.truncate(length as usize);
+    let label = label.get(..length as usize)?;
     // Whether there is a NUL byte at the end is up to the module.
-    label.truncate(label.iter().position(|byte| *byte == 0).unwrap_or(label.len()));
-    Some(label)
+    label.split(|byte| *byte == 0).next().map(<[u8]>::to_vec)
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android")))]

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use nbdcaptive_actors::repeats;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, raise, sigaction, sigprocmask};
@@ -33,8 +34,6 @@ const SLACK: Duration = Duration::from_secs(1);
 const GROUP_SIGNAL: Duration = Duration::from_millis(20);
 /// How long it is held back at most, where our parent is still running then: a busy machine may keep it from the second signal.
 const GROUP_SIGNAL_MOST: Duration = Duration::from_secs(1);
-/// A signal is a second request only this long after the first, as the Coordinator has it.
-const SECOND_SIGNAL: Duration = Duration::from_millis(250);
 
 /// Runs `options.run` as a captive server does, and returns the exit status, or dies of the signal that the command died of.
 /// To be called in a process without threads.
@@ -260,7 +259,7 @@ impl Front<'_> {
             }
             Signal::SIGTERM | Signal::SIGHUP | Signal::SIGINT | Signal::SIGQUIT => {
                 self.got.push(number);
-                if self.standing_by.is_some_and(|since| since.elapsed() >= SECOND_SIGNAL) {
+                if self.standing_by.is_some_and(|since| since.elapsed() >= repeats::SAME) {
                     self.urgent = true;
                 }
                 if typed && matches!(signal, Signal::SIGINT | Signal::SIGQUIT) {

@@ -26,6 +26,7 @@ pub struct Process {
     started: u64,
     zombie: bool,
     running: bool,
+    ending: bool,
 }
 
 impl Process {
@@ -121,10 +122,20 @@ pub fn is_running(pid: i32) -> bool {
     look_at(pid).is_some_and(|process| process.running)
 }
 
+/// Whether the kernel is taking it apart: it runs no instruction of its own any more, its descriptors may be closed already, and
+/// sooner or later it can be waited for. Says no of one that has come to that, and where the kernel does not tell.
+pub fn is_ending(pid: i32) -> bool {
+    // Of a leader whose threads go on nobody knows when they end.
+    look_at(pid).is_some_and(|process| process.ending && !process.zombie)
+}
+
 fn is_still(process: &Process) -> bool {
     // The parent may have changed: an orphan has a new one.
     look_at(process.pid).is_some_and(|now| now.started == process.started)
 }
+
+/// Linux include/linux/sched.h.
+const PF_EXITING: u32 = 4;
 
 fn look_at(pid: i32) -> Option<Process> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
@@ -137,10 +148,11 @@ fn look_at(pid: i32) -> Option<Process> {
     // Behind the parent's number comes the group's.
     let session = fields.nth(1)?.parse().ok()?;
     let has_terminal = fields.next()? != "0";
-    // The start time is the 22nd field of all; two are before the name's end and five were taken.
-    let started = fields.nth(14)?.parse().ok()?;
+    // The flags are the ninth field of all, and the start time the 22nd; two are before the name's end.
+    let flags: u32 = fields.nth(1)?.parse().ok()?;
+    let started = fields.nth(12)?.parse().ok()?;
     let (zombie, running) = (matches!(state, "Z" | "X"), state == "R");
-    Some(Process { pid, session, parent, has_terminal, started, zombie, running })
+    Some(Process { pid, session, parent, has_terminal, started, zombie, running, ending: flags & PF_EXITING != 0 })
 }
 
 /// Numbers and names of processes, for people.

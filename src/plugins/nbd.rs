@@ -30,6 +30,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use smol::future::block_on;
 
+use crate::captive::tree;
 use crate::cli::Tls;
 use crate::kept::{self, Program, Streams};
 use crate::layer::{About, ConfigError, Parameter, Plugin, Step, Value};
@@ -432,7 +433,7 @@ impl Remote {
         let deadline = Instant::now() + LEAVE[0];
         let ended = loop {
             match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) if Instant::now() < deadline || kept::is_ending(pid) => {
+                Ok(WaitStatus::StillAlive) if Instant::now() < deadline || tree::is_ending(pid.as_raw()) => {
                     Timer::after(Duration::from_millis(1)).await;
                 }
                 Ok(WaitStatus::StillAlive) => return error,
