@@ -79,14 +79,14 @@ fn programs(options: &Options, servers: &[Server]) -> Result<Vec<(String, String
     for server in servers {
         let program = Path::new(&server.program);
         let line = match server.kind {
-            Kind::Against => program
+            Kind::Against(_) => program
                 .exists()
                 .then(|| program.to_string_lossy().into_owned())
                 .ok_or(format!("--against: {}: no such file", program.display()))?,
             Kind::Embedded => "this program".to_string(),
             Kind::QemuNbd => version(&server.program, "install the package qemu-utils")?,
             Kind::Nbdkit if server.name == "nbdkit" => version(&server.program, "install the package nbdkit")?,
-            Kind::Nbdkit | Kind::NoStructuredReplies => version(&server.program, "cargo build --release makes it")?,
+            Kind::Nbdkit | Kind::NoStructuredReplies(_) => version(&server.program, "cargo build --release makes it")?,
         };
         lines.push((server.name.clone(), line));
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use crate::rows::Row;
-use crate::servers::{Kind, Pin, Server};
+use crate::servers::{Kind, Pin, Rows, Server};
 use crate::{Result, say};
 
 const HELP: &str = "\
@@ -19,6 +19,9 @@ Usage: cargo bench --bench side_by_side -- [OPTIONS]
   --only NAME[,NAME]    only these of nbdcaptive, nbdkit, qemu-nbd, 'nbdcaptive --no-sr', embedded
   --against NAME=PATH   a further server for the memory rows, started as PATH SOCKET SIZE; may be repeated. It is taken
                         to send simple replies only, so 'nbdcaptive --no-sr' is measured beside it
+  --against-all NAME=PATH
+                        the same for all rows of fio: started as PATH ADDRESS DISK, where ADDRESS is the path of a
+                        socket or a port of 127.0.0.1, and DISK a size in bytes or the absolute path of a file
   --embedded            also nbdcaptive's engine inside another program, for the memory rows over a Unix socket
   --nbdcaptive PATH     this binary instead of the one that cargo built
   --pin one|two|both|none
@@ -35,13 +38,20 @@ const SIMPLE: &str = "nbdcaptive --no-sr";
 /// All that `--only` knows, in the order of the columns. What is named by `--against` comes before the last.
 const KNOWN: [&str; 5] = ["nbdcaptive", "nbdkit", "qemu-nbd", SIMPLE, "embedded"];
 
+/// What `--against` and `--against-all` name.
+struct Against {
+    name: String,
+    program: OsString,
+    rows: Rows,
+}
+
 pub struct Options {
     pub runs: usize,
     pub millis: u64,
     rows: Vec<String>,
     pub pins: Vec<Pin>,
     only: Vec<String>,
-    against: Vec<(String, OsString)>,
+    against: Vec<Against>,
     embedded: bool,
     pub nbdcaptive: Option<PathBuf>,
     /// How many connections [`crate::rows::Work::Idle`] holds.
@@ -111,13 +121,14 @@ impl Options {
             }
             "--rows" => self.rows.extend(list(&value()?)),
             "--only" => self.only.extend(list(&value()?)),
-            "--against" => {
+            "--against" | "--against-all" => {
+                let rows = if name == "--against" { Rows::Memory } else { Rows::OfFio };
                 let text = value()?;
                 match text.split_once('=') {
-                    Some((name, path)) if !name.is_empty() && !path.is_empty() => {
-                        self.against.push((name.to_string(), path.into()));
+                    Some((server, path)) if !server.is_empty() && !path.is_empty() => {
+                        self.against.push(Against { name: server.to_string(), program: path.into(), rows });
                     }
-                    _ => return Err(format!("--against: not NAME=PATH: {text}")),
+                    _ => return Err(format!("{name}: not NAME=PATH: {text}")),
                 }
             }
             "--nbdcaptive" => self.nbdcaptive = Some(value()?.into()),
@@ -166,10 +177,11 @@ impl Options {
             return Err(format!("--only: not one of {}: {name}", KNOWN.join(", ")));
         }
         let mut servers = Vec::new();
+        let simple = self.against.iter().map(|against| against.rows).max().unwrap_or(Rows::Memory);
         for name in KNOWN.into_iter().filter(|name| self.wants(name)) {
             let (kind, program) = match name {
                 "nbdcaptive" => (Kind::Nbdkit, self.own_program()?),
-                SIMPLE => (Kind::NoStructuredReplies, self.own_program()?),
+                SIMPLE => (Kind::NoStructuredReplies(simple), self.own_program()?),
                 "qemu-nbd" => (Kind::QemuNbd, name.into()),
                 "embedded" => {
                     let program = std::env::current_exe().map_err(|error| format!("--embedded: {error}"))?;
@@ -179,12 +191,12 @@ impl Options {
             };
             servers.push(Server { name: name.to_string(), kind, program });
         }
-        for (name, program) in &self.against {
+        for Against { name, program, rows } in &self.against {
             if KNOWN.contains(&name.as_str()) || servers.iter().any(|server| server.name == *name) {
                 return Err(format!("--against: {name} is measured already; choose another name"));
             }
             let place = servers.iter().position(|server| server.kind == Kind::Embedded).unwrap_or(servers.len());
-            servers.insert(place, Server { name: name.clone(), kind: Kind::Against, program: program.clone() });
+            servers.insert(place, Server { name: name.clone(), kind: Kind::Against(*rows), program: program.clone() });
         }
         let rows = self.rows();
         servers.retain(|server| rows.iter().any(|row| server.serves(row)));

@@ -45,16 +45,25 @@ impl Pin {
     }
 }
 
+/// Which rows a server has that is there for comparison.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rows {
+    /// Of memory, with one connection over a Unix socket.
+    Memory,
+    /// All of fio's.
+    OfFio,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Has nbdkit's command line.
     Nbdkit,
     /// The same, told to send simple replies only: a client makes two system calls for each, and four for a structured
     /// one.
-    NoStructuredReplies,
+    NoStructuredReplies(Rows),
     QemuNbd,
-    /// Takes a socket and a size.
-    Against,
+    /// Takes a socket or a port, and a size or a file.
+    Against(Rows),
     /// This program itself, which takes a word, a socket and a size.
     Embedded,
 }
@@ -74,7 +83,8 @@ impl Server {
         match self.kind {
             Kind::Nbdkit => true,
             Kind::QemuNbd => matches!(row.disk, Disk::File | Disk::Sparse | Disk::Full),
-            Kind::NoStructuredReplies | Kind::Against => connections == Some(1),
+            Kind::NoStructuredReplies(Rows::Memory) | Kind::Against(Rows::Memory) => connections == Some(1),
+            Kind::NoStructuredReplies(Rows::OfFio) | Kind::Against(Rows::OfFio) => matches!(row.work, Work::Fio(_)),
             Kind::Embedded => connections.is_some(),
         }
     }
@@ -82,13 +92,13 @@ impl Server {
     pub fn command(&self, pin: Pin, address: &Address, disk: Disk, workspace: &Workspace) -> Command {
         let mut command = pin.command(&self.program, true);
         match self.kind {
-            Kind::Nbdkit | Kind::NoStructuredReplies => {
+            Kind::Nbdkit | Kind::NoStructuredReplies(_) => {
                 command.arg("-f");
                 match address {
                     Address::Unix(socket) => command.arg("-U").arg(socket),
                     Address::Tcp(port) => command.args(["-i", "127.0.0.1", "-p", &port.to_string()]),
                 };
-                if self.kind == Kind::NoStructuredReplies {
+                if matches!(self.kind, Kind::NoStructuredReplies(_)) {
                     command.arg("--no-sr");
                 }
                 match disk {
@@ -101,8 +111,15 @@ impl Server {
                 command.args(["-t", "-f", "raw", "-e", "8", "--cache=writeback", "-k"]);
                 command.arg(workspace.socket()).arg(workspace.disk(disk));
             }
-            Kind::Against => {
-                command.arg(workspace.socket()).arg(SIZE.to_string());
+            Kind::Against(_) => {
+                match address {
+                    Address::Unix(socket) => command.arg(socket),
+                    Address::Tcp(port) => command.arg(port.to_string()),
+                };
+                match disk {
+                    Disk::File => command.arg(workspace.disk(disk)),
+                    _ => command.arg(SIZE.to_string()),
+                };
             }
             Kind::Embedded => {
                 command.arg(crate::embedded::WORD).arg(workspace.socket()).arg(SIZE.to_string());
@@ -115,12 +132,12 @@ impl Server {
 /// Which servers' numbers are divided, by their places: the first of all by each other, that is nbdcaptive wherever it
 /// is measured; what is embedded by that; and simple replies by whoever knows no others.
 pub fn ratios(servers: &[Server]) -> Vec<(usize, usize)> {
-    let of_kind = |kind| servers.iter().enumerate().filter(move |(_, server)| server.kind == kind).map(|(at, _)| at);
+    let which = |is: fn(Kind) -> bool| (0..servers.len()).filter(move |&at| is(servers[at].kind));
     let mut pairs: Vec<_> = (1..servers.len())
         .map(|other| if servers[other].kind == Kind::Embedded { (other, 0) } else { (0, other) })
         .collect();
-    for simple in of_kind(Kind::NoStructuredReplies).filter(|&simple| simple > 0) {
-        pairs.extend(of_kind(Kind::Against).map(|against| (simple, against)));
+    for simple in which(|kind| matches!(kind, Kind::NoStructuredReplies(_))).filter(|&simple| simple > 0) {
+        pairs.extend(which(|kind| matches!(kind, Kind::Against(_))).map(|against| (simple, against)));
     }
     pairs
 }
