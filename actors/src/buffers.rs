@@ -11,14 +11,43 @@ use crate::segments::Segments;
 /// What one receive takes at most, in bytes: all that a Unix socket holds by default (208 KiB), so that a client which fills it is
 /// emptied in one turn, and is answered in one.
 pub(crate) const RECEIVE: usize = 256 * 1024;
-/// The largest payload whose memory is kept for the next, in bytes.
-const KEPT_PAYLOAD: usize = 1024 * 1024;
-/// How much memory of each kind is kept, in pieces.
-const KEPT: usize = 32;
+/// How much is kept of what requests were received into, in bytes. Where devices wait, several are under way.
+const KEPT_RECEIVE: usize = 16 * RECEIVE;
+/// How much is kept of the data of writes, in bytes.
+const KEPT_PAYLOAD: usize = 4 * 1024 * 1024;
 /// How many blocks of large writes are kept: 2 MiB.
 const KEPT_BLOCKS: usize = 64;
-/// The largest reply buffer that is kept, in bytes.
-const KEPT_REPLY: usize = 1024 * 1024;
+/// How much is kept of replies, in bytes.
+const KEPT_REPLIES: usize = 4 * 1024 * 1024;
+/// The largest data of a write or a reply that is kept, in bytes: one that is larger would leave no room for others.
+const LARGEST: usize = 1024 * 1024;
+/// How many replies are kept, some of which hold no memory to speak of.
+const REPLIES: usize = 32;
+
+/// Buffers of one kind, and how much they are together.
+#[derive(Default)]
+struct Shelf<T> {
+    items: Vec<T>,
+    bytes: usize,
+}
+
+impl<T> Shelf<T> {
+    /// Keeps `item` of `bytes` unless there would be more than `most` then.
+    fn keep(&mut self, item: T, bytes: usize, most: usize) {
+        if self.bytes + bytes <= most {
+            self.bytes += bytes;
+            self.items.push(item);
+        }
+    }
+
+    /// The last one that `fits`. `bytes` says how large it is.
+    fn take(&mut self, fits: impl Fn(&T) -> bool, bytes: impl Fn(&T) -> usize) -> Option<T> {
+        let at = self.items.iter().rposition(fits)?;
+        let item = self.items.swap_remove(at);
+        self.bytes -= bytes(&item);
+        Some(item)
+    }
+}
 
 /// A set of spare buffers. Cheap to clone; all clones are one set.
 #[derive(Clone, Default)]
@@ -26,10 +55,10 @@ pub(crate) struct Buffers(Arc<Mutex<Spare>>);
 
 #[derive(Default)]
 struct Spare {
-    receive: Vec<Vec<u8>>,
-    payload: Vec<Vec<u8>>,
+    receive: Shelf<Vec<u8>>,
+    payload: Shelf<Vec<u8>>,
     blocks: Vec<Block>,
-    replies: Vec<Segments>,
+    replies: Shelf<Segments>,
 }
 
 impl Buffers {
@@ -39,19 +68,14 @@ impl Buffers {
 
     /// [`RECEIVE`] bytes of anything.
     pub(crate) fn receive(&self) -> Vec<u8> {
-        let spare = self.spare().receive.pop();
+        let spare = self.spare().receive.take(|_| true, Vec::len);
         spare.unwrap_or_else(|| vec![0; RECEIVE])
     }
 
     /// `length` bytes of anything.
     pub(crate) fn payload(&self, length: usize) -> Vec<u8> {
-        if length <= KEPT_PAYLOAD {
-            let mut spare = self.spare();
-            if let Some(at) = spare.payload.iter().rposition(|buffer| buffer.len() >= length) {
-                return spare.payload.swap_remove(at);
-            }
-        }
-        vec![0; length]
+        let spare = self.spare().payload.take(|buffer| buffer.len() >= length, Vec::len);
+        spare.unwrap_or_else(|| vec![0; length])
     }
 
     /// Memory for the next `count` blocks behind the first `filled` bytes, of anything. `None`: there is none.
@@ -62,16 +86,18 @@ impl Buffers {
 
     /// An empty reply.
     pub(crate) fn reply(&self) -> Segments {
-        let spare = self.spare().replies.pop();
+        let spare = self.spare().replies.take(|_| true, Segments::capacity);
         spare.unwrap_or_default()
     }
 
     /// Takes back a buffer from [`Buffers::receive`] or [`Buffers::payload`].
     pub(crate) fn give_back(&self, buffer: Vec<u8>) {
         let mut spare = self.spare();
-        let kept = if buffer.len() == RECEIVE { &mut spare.receive } else { &mut spare.payload };
-        if kept.len() < KEPT && buffer.len() <= KEPT_PAYLOAD {
-            kept.push(buffer);
+        let bytes = buffer.len();
+        match bytes {
+            RECEIVE => spare.receive.keep(buffer, bytes, KEPT_RECEIVE),
+            1..=LARGEST => spare.payload.keep(buffer, bytes, KEPT_PAYLOAD),
+            _ => {}
         }
     }
 
@@ -87,10 +113,57 @@ impl Buffers {
 
     /// Takes back a reply that was sent.
     pub(crate) fn give_back_reply(&self, mut reply: Segments) {
-        reply.clear(KEPT_REPLY);
+        reply.clear(LARGEST);
         let mut spare = self.spare();
-        if spare.replies.len() < KEPT {
-            spare.replies.push(reply);
+        if spare.replies.items.len() < REPLIES {
+            let bytes = reply.capacity();
+            spare.replies.keep(reply, bytes, KEPT_REPLIES);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(buffers: &Buffers) -> usize {
+        let spare = buffers.spare();
+        spare.receive.bytes + spare.payload.bytes + spare.replies.bytes
+    }
+
+    #[test]
+    fn what_is_kept_has_a_bound_in_bytes_and_comes_back() {
+        let buffers = Buffers::default();
+        for length in [RECEIVE, 4096, 65_536, 1024 * 1024, 32 * 1024 * 1024] {
+            let all: Vec<_> = (0..100).map(|_| buffers.payload(length)).collect();
+            assert!(all.iter().all(|buffer| buffer.len() >= length));
+            all.into_iter().for_each(|buffer| buffers.give_back(buffer));
+        }
+        let most = KEPT_RECEIVE + KEPT_PAYLOAD;
+        assert!(kept(&buffers) <= most, "{} bytes", kept(&buffers));
+
+        // Taken and given back, as a request does it, nothing is new.
+        let before = kept(&buffers);
+        let buffer = buffers.receive();
+        let address = buffer.as_ptr();
+        assert_eq!(kept(&buffers), before - RECEIVE);
+        buffers.give_back(buffer);
+        let again = buffers.receive();
+        assert_eq!(again.as_ptr(), address);
+    }
+
+    #[test]
+    fn large_replies_are_kept_to_a_bound_as_well() {
+        let buffers = Buffers::default();
+        let all: Vec<_> = (0..100)
+            .map(|_| {
+                let mut reply = buffers.reply();
+                reply.space(LARGEST);
+                reply
+            })
+            .collect();
+        all.into_iter().for_each(|reply| buffers.give_back_reply(reply));
+        assert!(kept(&buffers) <= KEPT_REPLIES, "{} bytes", kept(&buffers));
+        assert_eq!(buffers.reply().len(), 0);
     }
 }

@@ -183,6 +183,11 @@ impl Segments {
         &self.own
     }
 
+    /// How many bytes of memory it holds for copies.
+    pub(crate) fn capacity(&self) -> usize {
+        self.own.capacity()
+    }
+
     /// Empties it and keeps the buffer, unless the buffer has grown past `keep` bytes.
     pub(crate) fn clear(&mut self, keep: usize) {
         self.pieces.clear();
