@@ -204,7 +204,7 @@ fn known<T>(
         // As nbdkit says it, for those who know one of nbdkit's from another machine.
         let package = match near {
             None if is_package_name(word.as_bytes()) => {
-                format!("; nbdkit itself may have it, in a package nbdkit-{shown}-{kind} (Fedora) or nbdkit-{kind}-{shown} (Debian)")
+                format!("; nbdkit itself may have it, in a package nbdkit-{shown}-{kind} (Fedora) or nbdkit-{kind}-{shown} (Debian), see nbdkit(1)")
             }
             _ => String::new(),
         };
@@ -258,7 +258,7 @@ mod tests {
                 .starts_with("cannot open plugin \"bad\\r\": nbdkit-bad\\r-plugin: no such plugin, there are: data, ")
         );
         assert!(refused("vddk", None).ends_with(
-            "; nbdkit itself may have it, in a package nbdkit-vddk-plugin (Fedora) or nbdkit-plugin-vddk (Debian)"
+            "; nbdkit itself may have it, in a package nbdkit-vddk-plugin (Fedora) or nbdkit-plugin-vddk (Debian), see nbdkit(1)"
         ));
         assert!(refused("./nbdkit-foo-plugin.so", None).starts_with(
             "cannot open plugin \"./nbdkit-foo-plugin.so\": plugins are built in and not loaded from files, there are: "

@@ -54,13 +54,17 @@ pub enum Error {
 impl Error {
     /// A failure with the protocol's code and a sentence for people.
     pub fn failed(code: ErrorCode, why: impl Into<Cow<'static, str>>) -> Error {
-        Error::Failed { code, why: why.into() }
+        let why = match why.into() {
+            Cow::Owned(why) => without_number(why).into(),
+            why => why,
+        };
+        Error::Failed { code, why }
     }
 
     /// A failed system call: `what` names the call and its object, the code follows from its errno.
     pub fn system(what: impl fmt::Display, error: impl Into<std::io::Error>) -> Error {
         let error = error.into();
-        Error::Failed { code: ErrorCode::from_io(&error), why: format!("{what}: {error}").into() }
+        Error::failed(ErrorCode::from_io(&error), format!("{what}: {error}"))
     }
 
     /// The operation cannot be done on this device or this range: the caller may have another way.
@@ -76,6 +80,15 @@ impl Error {
             Error::Failed { code, .. } => *code,
         }
     }
+}
+
+/// What `perror` says of a failed system call. Std puts the number behind it, ` (os error 2)`, and clients show that to people.
+fn without_number(mut why: String) -> String {
+    let inside = why.strip_suffix(')').and_then(|why| why.rsplit_once(" (os error "));
+    let sentence =
+        inside.filter(|(_, number)| number.bytes().all(|byte| byte.is_ascii_digit())).map(|(before, _)| before.len());
+    why.truncate(sentence.unwrap_or(why.len()));
+    why
 }
 
 impl fmt::Display for Error {
@@ -491,5 +504,26 @@ impl<D: Device + ?Sized> Device for Arc<D> {
     }
     fn close(&self) -> Result<()> {
         (**self).close()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_system_call_is_a_sentence_without_a_number() {
+        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let numbered = || std::io::Error::from_raw_os_error(nix::libc::ENOENT);
+        for (error, expected) in [
+            (Error::system("open: disk", numbered()), "open: disk: No such file or directory"),
+            (Error::system("open: disk", missing()), "open: disk: entity not found"),
+            (Error::failed(ErrorCode::Io, format!("nbd: {}", numbered())), "nbd: No such file or directory"),
+            (Error::failed(ErrorCode::Io, "a (os error x)".to_owned()), "a (os error x)"),
+            (Error::failed(ErrorCode::Io, "disk (1)".to_owned()), "disk (1)"),
+            (Error::failed(ErrorCode::Io, String::new()), ""),
+        ] {
+            assert_eq!(error.to_string(), expected);
+        }
     }
 }

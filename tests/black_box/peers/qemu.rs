@@ -413,3 +413,20 @@ fn end_with_newest(export: Served) {
         assert_eq!(spoken.into_iter().max(), Some(newest), "{log}");
     }
 }
+
+/// What a server says of an export that it does not give, QEMU shows to people.
+#[test]
+fn qemu_shows_why_an_export_is_refused() {
+    let room = Room::new();
+    fs::create_dir(room.path("images")).expect("there is room");
+    let server = room.serve(["file", "dir=images"]);
+    let uri = format!("nbd+unix:///missing?socket={}", server.socket.display());
+    let output = room.tool("qemu-img", ["info", &uri]).run_to(1);
+    assert!(output.stderr.contains("Requested export not available"), "{output:#?}");
+    // nbdkit gives no reason.
+    if !is_nbdkit() {
+        let reason = output.stderr.lines().find_map(|line| line.strip_prefix("server reported: "));
+        assert_eq!(reason, Some("open: missing: No such file or directory"));
+    }
+    server.terminate().expect(0);
+}
