@@ -121,6 +121,10 @@ const WRITES_TO_THREADS: u32 = 256;
 /// With `cache=none`, so many bytes are written before they are forced out of the page cache.
 const UNSYNCED: u64 = 32 << 20;
 
+/// The page cache has a file in pieces of at most so many bytes, at multiples of their size, and drops a piece only as a whole.
+/// Those of a page table's entry, which are the largest where pages are of [`PAGE`] bytes.
+const LARGEST_FOLIO: u64 = 2 << 20;
+
 /// What statfs(2) calls a tmpfs. Its files are in memory, but it refuses RWF_NOWAIT.
 const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
@@ -828,7 +832,9 @@ impl Device for OpenFile {
             Err(error) => return Err(self.failed("pread", offset, buffer.len() as u64, error)),
         }
         if self.unsynced.is_some() {
-            self.evict(offset, buffer.len() as u64);
+            // Read ahead makes pieces larger than most requests: each goes with the request that reaches its end.
+            let start = offset - offset % LARGEST_FOLIO;
+            self.evict(start, offset - start + buffer.len() as u64);
         }
         Ok(())
     }
@@ -1216,6 +1222,28 @@ mod tests {
         let device = open(&[("file", path.as_os_str()), ("cache", "none".as_ref())]);
         assert!(!device.answers_at_once());
         assert!(blocks(device.write(&[1; 512], 0, NONE, NOW)));
+    }
+
+    #[test]
+    fn without_a_cache_what_was_read_does_not_stay_in_it() {
+        const SIZE: usize = 16 << 20;
+        let directory = Directory::new("evicted");
+        let path = directory.file("file", 0);
+        fs::write(&path, vec![1; SIZE]).unwrap();
+        let file = fs::File::open(&path).unwrap();
+        file.sync_all().unwrap();
+        let drop_all = || rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        let cached = || cached_pages(file.as_fd(), 0, SIZE as u64);
+        drop_all();
+        let device = open(&[("file", path.as_os_str()), ("cache", "none".as_ref())]);
+        let mut buffer = vec![0; 256 << 10];
+        for offset in (0..SIZE).step_by(buffer.len()) {
+            device.read(&mut buffer, offset as u64, BLOCKING).unwrap();
+        }
+        let left = cached();
+        // A tmpfs keeps everything.
+        drop_all();
+        assert_eq!(left, cached(), "pages of {}", path.display());
     }
 
     #[test]
