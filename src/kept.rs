@@ -19,24 +19,30 @@
 use std::ffi::{CStr, CString, OsStr};
 use std::fs;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
+use nbdcaptive_actors::device::{Connection, Recall};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open};
+use smol::future::FutureExt as _;
+
+use crate::captive::tree;
 
 /// How long the keeper may take to remove a directory at the end. It goes on by itself after that.
 const SWEEP: Duration = Duration::from_secs(10);
@@ -149,8 +155,8 @@ pub fn read_input(limit: usize) -> io::Result<Vec<u8>> {
     let signals = Signals::of(Phase::Starting)?;
     let mut all = Vec::new();
     loop {
-        let ready = Ready::wait(None, input.as_ref(), None, signals.as_ref())?;
-        if ready.signals {
+        let ready = Ready::wait(None, input.as_ref(), None, signals.as_ref().map(Signals::as_fd))?;
+        if ready.other {
             signals.iter().for_each(Signals::obey);
         }
         if ready.from && !pour(&mut input, &mut all, limit + 1)? {
@@ -280,13 +286,14 @@ pub fn spawn(program: Program<'_>, streams: &Streams) -> io::Result<Pid> {
     }
 }
 
-/// When a program is run: while the server starts nobody else hears signals.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+/// When a program is run, and so how it is given up: while the server starts nobody else hears signals.
+#[derive(Debug, Clone, Copy)]
+pub enum Phase<'a> {
     /// A signal that asks for the end ends this process at once.
     Starting,
-    /// The Coordinator decides, and [`end`] is called in the end.
-    Serving,
+    /// The Coordinator decides. For a client in the handshake it recalls the program, which is then told to end (SIGTERM), with
+    /// all that it has started; and killed when it is given up. Any other has as long as it likes, until [`end`] is called.
+    Serving(&'a Connection),
 }
 
 /// What a program that was run has come to.
@@ -298,6 +305,8 @@ pub struct Ran {
     pub output: Vec<u8>,
     /// The start of what it wrote to stderr, if that was wanted.
     pub errors: Vec<u8>,
+    /// It was told to end, because nobody waits for it any more.
+    pub recalled: bool,
 }
 
 /// The most of stderr that is kept, in bytes.
@@ -311,7 +320,7 @@ const PIECE: usize = 64 * 1024;
 /// what `input` it does not want is dropped.
 ///
 /// Errors: it cannot be started. Blocks for as long as the program likes.
-pub fn run(program: Program<'_>, input: &[u8], enough: usize, keep_errors: bool, phase: Phase) -> io::Result<Ran> {
+pub fn run(program: Program<'_>, input: &[u8], enough: usize, keep_errors: bool, phase: Phase<'_>) -> io::Result<Ran> {
     let (mut streams, mut input) = (Streams::default(), input);
     let mut to = None;
     if !input.is_empty() {
@@ -327,15 +336,16 @@ pub fn run(program: Program<'_>, input: &[u8], enough: usize, keep_errors: bool,
         let (ours, theirs) = io::pipe()?;
         (streams.errors, complaints) = (Some(theirs.into()), Some(ours));
     }
-    let signals = Signals::of(phase)?;
+    let mut wanted = Wanted::of(phase)?;
     let pid = spawn(program, &streams)?;
     drop(streams);
     let (mut output, mut errors) = (Vec::new(), Vec::new());
     while from.is_some() || complaints.is_some() {
-        let ready = Ready::wait(to.as_ref(), from.as_ref(), complaints.as_ref(), signals.as_ref())?;
-        if ready.signals {
-            signals.iter().for_each(Signals::obey);
+        // One that was killed is gone; what holds its output is no more waited for.
+        if wanted.look_at(pid) == Some(Signal::SIGKILL) {
+            break;
         }
+        let ready = Ready::wait(to.as_ref(), from.as_ref(), complaints.as_ref(), wanted.descriptor())?;
         if let Some(pipe) = to.take_if(|_| ready.to) {
             match nix::unistd::write(&pipe, &input[..input.len().min(PIECE)]) {
                 Ok(count) => input = &input[count..],
@@ -356,8 +366,8 @@ pub fn run(program: Program<'_>, input: &[u8], enough: usize, keep_errors: bool,
         errors.truncate(ERRORS);
     }
     drop(to);
-    let status = wait(pid, signals.as_ref())?;
-    Ok(Ran { status, output, errors })
+    let status = wait(pid, &mut wanted)?;
+    Ok(Ran { status, output, errors, recalled: wanted.has_told.is_some() })
 }
 
 /// Runs a program that reads nothing and whose output nobody wants. Dropped, the program is killed; what it has started itself
@@ -371,7 +381,7 @@ pub async fn run_quietly(program: Program<'_>) -> io::Result<WaitStatus> {
         async_io::Async::new_nonblocking(pidfd)?.readable().await?;
     }
     child.0 = None;
-    wait(pid, None)
+    wait(pid, &mut Wanted::default())
 }
 
 /// A process that was not waited for.
@@ -381,7 +391,7 @@ impl Drop for Child {
     fn drop(&mut self) {
         if let Some(pid) = self.0 {
             let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
-            let _ = wait(pid, None);
+            let _ = wait(pid, &mut Wanted::default());
         }
     }
 }
@@ -411,7 +421,7 @@ struct Ready {
     to: bool,
     from: bool,
     complaints: bool,
-    signals: bool,
+    other: bool,
 }
 
 impl Ready {
@@ -419,13 +429,13 @@ impl Ready {
         to: Option<&PipeWriter>,
         from: Option<&PipeReader>,
         complaints: Option<&PipeReader>,
-        signals: Option<&Signals>,
+        other: Option<BorrowedFd<'_>>,
     ) -> io::Result<Ready> {
         let ends = [
             to.map(|pipe| (pipe.as_fd(), PollFlags::POLLOUT)),
             from.map(|pipe| (pipe.as_fd(), PollFlags::POLLIN)),
             complaints.map(|pipe| (pipe.as_fd(), PollFlags::POLLIN)),
-            signals.map(|signals| (signals.0.as_fd(), PollFlags::POLLIN)),
+            other.map(|other| (other, PollFlags::POLLIN)),
         ];
         let mut fds: Vec<_> = ends.iter().flatten().map(|(fd, events)| PollFd::new(*fd, *events)).collect();
         match poll(&mut fds, PollTimeout::NONE) {
@@ -433,8 +443,97 @@ impl Ready {
             Err(error) => return Err(error.into()),
         }
         let mut found = fds.iter().map(|fd| fd.any().unwrap_or(false));
-        let [to, from, complaints, signals] = ends.map(|end| end.is_some() && found.next().unwrap_or(false));
-        Ok(Ready { to, from, complaints, signals })
+        let [to, from, complaints, other] = ends.map(|end| end.is_some() && found.next().unwrap_or(false));
+        Ok(Ready { to, from, complaints, other })
+    }
+}
+
+/// Whether a program is still wanted, to be looked at whenever the descriptor is readable, and once before.
+#[derive(Default)]
+struct Wanted {
+    signals: Option<Signals>,
+    recalls: Option<Recalls>,
+    /// What the program was told last because it is not.
+    has_told: Option<Signal>,
+}
+
+impl Wanted {
+    fn of(phase: Phase<'_>) -> io::Result<Wanted> {
+        let recalls = match phase {
+            Phase::Starting => None,
+            Phase::Serving(connection) => connection.recall().map(Recalls::of).transpose()?,
+        };
+        Ok(Wanted { signals: Signals::of(phase)?, recalls, has_told: None })
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        let recalls = self.recalls.as_ref().map(Recalls::as_fd);
+        self.signals.as_ref().map(|signals| signals.0.as_fd()).or(recalls)
+    }
+
+    /// Obeys a signal; tells the program `pid`, which was not waited for, and what descends from it that it is to end. What it has
+    /// been told so far.
+    fn look_at(&mut self, pid: Pid) -> Option<Signal> {
+        self.signals.iter().for_each(Signals::obey);
+        while let Some(signal) = self.recalls.as_mut().and_then(Recalls::next) {
+            let below = tree::descendants(pid, &[]);
+            tree::signal_child(pid, signal as i32);
+            tree::signal_child(pid, Signal::SIGCONT as i32);
+            for process in below {
+                tree::signal(&process, signal as i32);
+                // One that is stopped would not notice.
+                tree::signal(&process, Signal::SIGCONT as i32);
+            }
+            self.has_told = Some(signal);
+        }
+        self.has_told
+    }
+}
+
+/// A recall as a descriptor, for who waits by poll(2): readable when there may be more to hear.
+struct Recalls {
+    stirs: Arc<Stirs>,
+    /// What is waited for, and the signal that it means.
+    next: Option<(Signal, smol::future::Boxed<()>)>,
+    recall: Recall,
+}
+
+struct Stirs(EventFd);
+
+impl Wake for Stirs {
+    fn wake(self: Arc<Stirs>) {
+        // Fails only when the counter is full, and then it is readable.
+        let _ = self.0.write(1);
+    }
+}
+
+impl Recalls {
+    fn of(recall: Recall) -> io::Result<Recalls> {
+        let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let recalled = recall.clone();
+        let next = Some((Signal::SIGTERM, async move { recalled.recalled().await }.boxed()));
+        Ok(Recalls { stirs: Arc::new(Stirs(event)), next, recall })
+    }
+
+    /// The signal that is due now, if any. Each comes once.
+    fn next(&mut self) -> Option<Signal> {
+        // Nothing to read is as good as having read it.
+        let _ = self.stirs.0.read();
+        let (signal, waits) = self.next.as_mut()?;
+        let waker = Waker::from(Arc::clone(&self.stirs));
+        if waits.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+            return None;
+        }
+        let due = *signal;
+        let recall = self.recall.clone();
+        self.next = (due == Signal::SIGTERM).then(|| (Signal::SIGKILL, async move { recall.given_up().await }.boxed()));
+        Some(due)
+    }
+}
+
+impl AsFd for Recalls {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stirs.0.as_fd()
     }
 }
 
@@ -442,14 +541,14 @@ impl Ready {
 struct Signals(SignalFd);
 
 impl AsFd for Signals {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
 impl Signals {
-    fn of(phase: Phase) -> io::Result<Option<Signals>> {
-        if phase == Phase::Serving {
+    fn of(phase: Phase<'_>) -> io::Result<Option<Signals>> {
+        if let Phase::Serving(_) = phase {
             return Ok(None);
         }
         let mut set = SigSet::from_iter([Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM]);
@@ -490,20 +589,19 @@ fn hangup_is_ignored() -> bool {
 }
 
 /// Waits for a process that was started here.
-fn wait(pid: Pid, signals: Option<&Signals>) -> io::Result<WaitStatus> {
-    if let Some(signals) = signals
+fn wait(pid: Pid, wanted: &mut Wanted) -> io::Result<WaitStatus> {
+    if wanted.descriptor().is_some()
         && let Some(raw) = rustix::process::Pid::from_raw(pid.as_raw())
         && let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty())
     {
-        loop {
-            let mut fds =
-                [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN), PollFd::new(signals.0.as_fd(), PollFlags::POLLIN)];
+        // Killed, it is waited for by no more than that.
+        while wanted.look_at(pid) != Some(Signal::SIGKILL)
+            && let Some(descriptor) = wanted.descriptor()
+        {
+            let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN), PollFd::new(descriptor, PollFlags::POLLIN)];
             let _ = poll(&mut fds, PollTimeout::NONE);
             if fds[0].any().unwrap_or(true) {
                 break;
-            }
-            if fds[1].any().unwrap_or(false) {
-                signals.obey();
             }
         }
     }
@@ -529,7 +627,7 @@ mod tests {
         let words: [&CStr; 3] = [c"sh", c"-c", &script];
         let environment = environment(&[("tmpdir", OsStr::new("/there"))]);
         let program = Program { path: c"/bin/sh", words: &words, environment: &environment };
-        run(program, input, enough, true, Phase::Serving).unwrap()
+        run(program, input, enough, true, Phase::Serving(&Connection::default())).unwrap()
     }
 
     #[test]

@@ -112,7 +112,7 @@ impl Places {
 }
 
 type Place = SemaphoreGuardArc;
-type Turn = MutexGuardArc<()>;
+pub(crate) type Turn = MutexGuardArc<()>;
 
 /// What a request holds while it is on a thread.
 struct Placed {
@@ -135,7 +135,7 @@ impl Gates {
     }
 
     /// Waits until no other call is made, where calls are made one by one: also those that are no requests.
-    async fn alone(&self) -> Option<Turn> {
+    pub(crate) async fn alone(&self) -> Option<Turn> {
         match self.model {
             ThreadModel::SerializeAllRequests => Some(self.one.lock_arc().await),
             _ => None,
@@ -146,11 +146,25 @@ impl Gates {
     /// for that, the call is not made; after that it is, and its result is lost.
     pub(crate) async fn apart<T: Send + 'static>(&self, call: impl FnOnce() -> T + Send + 'static) -> T {
         let alone = self.alone().await;
+        self.within(alone, call).await
+    }
+
+    /// As [`Gates::apart`], where the wait is over. Dropped, the call may be made all the same, and its result is lost.
+    pub(crate) async fn within<T: Send + 'static>(
+        &self,
+        alone: Option<Turn>,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
         let call = move || {
             let _alone = alone;
             call()
         };
         self.world.unblock(call).await
+    }
+
+    /// As [`Gates::alone`], on a thread that may wait.
+    fn alone_now(&self) -> Option<Turn> {
+        smol::block_on(self.alone())
     }
 
     /// As [`Gates::alone`], if nothing has to be waited for: `Err`.
@@ -184,38 +198,69 @@ pub(crate) struct Opened {
     pub takes_any_size: bool,
 }
 
-/// Opens the export that `client` asks for. May take as long as the device takes; dropping the future leaves the open to
-/// finish on its thread, where the device is then dropped without a close, so only a server that gives everything up does.
+/// Opens the export that `client` asks for, within the turn `alone`. May take as long as the device takes. Dropped, the open
+/// finishes on its thread, where the device is then closed.
 pub(crate) async fn open(
     exports: Arc<dyn Exports>,
     client: Client,
     gates: Gates,
+    alone: Option<Turn>,
     coordinator: coordinator::Handle,
 ) -> Result<Opened> {
-    let opening = gates.clone();
+    let (sender, receiver) = async_channel::bounded(1);
+    let awaited = Awaited { receiver, world: gates.world.clone() };
     let call = move || {
-        let device: Arc<dyn Device> = Arc::from(calmly(&coordinator, || exports.open(&client))?);
-        let asked = calmly(&coordinator, || {
-            let size = device.size()?;
-            if size > i64::MAX as u64 {
-                return Err(Error::failed(ErrorCode::Overflow, format!("the device's size {size} is over 2^63-1")));
-            }
-            let mut offered = device.capabilities()?;
-            offered.write &= !client.read_only;
-            Ok((size, settle(offered), device.takes_any_size()))
-        });
-        match asked {
-            Ok((size, offered, takes_any_size)) => {
-                Ok(Opened { device, gates, coordinator, size, offered, takes_any_size })
-            }
-            Err(error) => {
-                // It was opened, so it is closed; what was wrong with it first is what counts.
-                let _ = calmly(&coordinator, || device.close());
-                Err(error)
-            }
+        let _alone = alone;
+        let opened = open_now(&*exports, &client, gates, coordinator);
+        if let Err(unwanted) = sender.try_send(opened)
+            && let Ok(opened) = unwanted.into_inner()
+        {
+            opened.close_now();
         }
     };
-    opening.apart(call).await
+    awaited.world.unblock_detached(call);
+    let gone = || Error::failed(ErrorCode::Io, "the thread that opened the device has ended");
+    awaited.receiver.recv().await.unwrap_or_else(|_| Err(gone()))
+}
+
+/// Who waits for a device to be opened.
+struct Awaited {
+    receiver: Receiver<Result<Opened>>,
+    world: World,
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        // What comes now is closed by its thread; what has come already, here.
+        self.receiver.close();
+        if let Ok(Ok(opened)) = self.receiver.try_recv() {
+            self.world.unblock_detached(move || {
+                let _alone = opened.gates.alone_now();
+                opened.close_now();
+            });
+        }
+    }
+}
+
+fn open_now(exports: &dyn Exports, client: &Client, gates: Gates, coordinator: coordinator::Handle) -> Result<Opened> {
+    let device: Arc<dyn Device> = Arc::from(calmly(&coordinator, || exports.open(client))?);
+    let asked = calmly(&coordinator, || {
+        let size = device.size()?;
+        if size > i64::MAX as u64 {
+            return Err(Error::failed(ErrorCode::Overflow, format!("the device's size {size} is over 2^63-1")));
+        }
+        let mut offered = device.capabilities()?;
+        offered.write &= !client.read_only;
+        Ok((size, settle(offered), device.takes_any_size()))
+    });
+    match asked {
+        Ok((size, offered, takes_any_size)) => Ok(Opened { device, gates, coordinator, size, offered, takes_any_size }),
+        Err(error) => {
+            // It was opened, so it is closed; what was wrong with it first is what counts.
+            let _ = calmly(&coordinator, || device.close());
+            Err(error)
+        }
+    }
 }
 
 /// Makes capabilities agree with each other. Source: nbdkit server/backend.c.
@@ -233,6 +278,11 @@ pub(crate) fn settle(mut offered: Capabilities) -> Capabilities {
 }
 
 impl Opened {
+    /// Closes a device that nobody wants any more, on the thread that it was opened on. Nobody is left to hear of a failure.
+    fn close_now(&self) {
+        let _ = calmly(&self.coordinator, || self.device.close());
+    }
+
     /// Closes a device that was only looked at.
     pub(crate) async fn close(self) -> Result<()> {
         let Opened { device, coordinator, gates, .. } = self;

@@ -27,6 +27,8 @@ struct Inner {
     state: AtomicU8,
     /// Nothing more is asked of the device for the client.
     refuses: AtomicBool,
+    /// The client was let in, or it is nobody's own: what is asked of the device is owed to somebody.
+    owes: AtomicBool,
     ended: Event,
     orders: Orders,
     speaker: Speaker,
@@ -42,14 +44,37 @@ const OVER: u8 = 2;
 impl Connection {
     pub(crate) fn new(orders: Orders, speaker: Speaker, world: World) -> Connection {
         let (state, refuses, ended) = (AtomicU8::new(OPEN), AtomicBool::new(false), Event::new());
-        Connection(Some(Arc::new(Inner { state, refuses, ended, orders, speaker, world })))
+        let owes = AtomicBool::new(false);
+        Connection(Some(Arc::new(Inner { state, refuses, owes, ended, orders, speaker, world })))
     }
 
     /// For a device that outlives the client it was opened for: ends with the server and not before.
     pub fn of_the_server(&self) -> Connection {
         match &self.0 {
-            Some(inner) => Connection::new(inner.orders.clone(), inner.speaker.clone(), inner.world.clone()),
+            Some(inner) => {
+                let lasting = Connection::new(inner.orders.clone(), inner.speaker.clone(), inner.world.clone());
+                // Other clients' requests may be made with it, which are owed an answer.
+                lasting.let_in();
+                lasting
+            }
             None => Connection::default(),
+        }
+    }
+
+    /// What tells a call that is being made now that nobody wants its answer. `None` if it is owed one: a client that was let in
+    /// gets an answer to what it has asked, however long that takes.
+    ///
+    /// For a call that waits for something which may have begun what a close would end, a program say, and is better left to
+    /// finish than given up with the drain, as [`Connection::wait`] does.
+    pub fn recall(&self) -> Option<Recall> {
+        let inner = self.0.as_ref().filter(|inner| !inner.owes.load(Ordering::SeqCst))?;
+        Some(Recall(inner.orders.clone()))
+    }
+
+    /// The client has heard, or is about to, that it was let in.
+    pub(crate) fn let_in(&self) {
+        if let Some(inner) = &self.0 {
+            inner.owes.store(true, Ordering::SeqCst);
         }
     }
 
@@ -137,6 +162,24 @@ impl Connection {
         {
             inner.ended.notify(usize::MAX);
         }
+    }
+}
+
+/// Tells a call of the server's end, that was made for a client in the handshake.
+#[derive(Clone, Debug)]
+pub struct Recall(Orders);
+
+impl Recall {
+    /// Ends when the call is to come back: the server has been ending for a while (two seconds, or the grace period if that is
+    /// less), and the client has gone. Dropped, it has done nothing.
+    pub async fn recalled(&self) {
+        self.0.recalling().await;
+    }
+
+    /// Ends a grace period after that. A call that has not come back in another second is left behind: the exports are unloaded
+    /// beside it, and a device that it opens is closed at once.
+    pub async fn given_up(&self) {
+        self.0.giving_up().await;
     }
 }
 

@@ -27,7 +27,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 pub use crate::blocks::{BLOCK, Block, Blocks};
-pub use crate::connection::{Connection, ConnectionKey};
+pub use crate::connection::{Connection, ConnectionKey, Recall};
 pub use crate::extents::{Extents, HOLE, ZERO};
 pub use crate::protocol::ErrorCode;
 pub use crate::segments::{Segments, Shared};
@@ -431,7 +431,8 @@ pub trait Exports: Send + Sync + 'static {
         true
     }
 
-    /// The last call of all, after every device was closed. An error makes the server's exit status 1.
+    /// The last call of all, after every device was closed; only what was asked for a client in the handshake and does not come
+    /// back when it is recalled ([`Connection::recall`]) is not waited for. An error makes the server's exit status 1.
     fn unload(&self) -> Result<()> {
         Ok(())
     }

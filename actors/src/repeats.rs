@@ -11,7 +11,7 @@ pub const SAME: Duration = Duration::from_millis(250);
 const OTHER: Duration = Duration::from_secs(2);
 
 /// Who has got a signal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Witness {
     /// Whoever is asking here.
     Here,
@@ -31,7 +31,7 @@ pub enum Heard {
 }
 
 /// The signals that came, each with who got it and when that one did first. No more than there are kinds of signals.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Repeats(Vec<(i32, Witness, Duration)>);
 
 impl Repeats {

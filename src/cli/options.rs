@@ -235,7 +235,9 @@ pub static OPTIONS: &[OptionSpec] = &[
         help: "Time for COMMAND to end once told to [5]
 
             When the server is told to end while the command of `--run` is running, the command and all that it
-            started get the signal first. What is still there when the time is over is killed.
+            started get the signal first. What is still there when the time is over is killed. A
+            script of a plugin's that still runs for a client who was not let in yet is told to end two seconds after the
+            server was, and killed when this time is over as well.
         ",
         effect: Effect::Value("SECS", |options, value| {
             options.grace_period = values::delay("grace-period", &value.to_string_lossy())?;

@@ -7,7 +7,7 @@ use std::process::Stdio;
 use nix::sys::signal::Signal;
 
 use super::both::{both, ours};
-use super::harness::{Room, nbdkit_differs};
+use super::harness::{Room, nbdkit_differs, server_path};
 use super::raw_client::*;
 
 /// A disk in a file of its own, with every method. Each call about data leaves a line in `calls`.
@@ -403,9 +403,17 @@ fn a_client_in_the_handshake_is_gone_before_its_script_is() {
         let (mut started, mut go) = (room.fifo("started"), room.fifo("go"));
         let (told, heard) = (room.path("started"), room.path("go"));
         let rest = if method == "open" { "" } else { "echo 1M" };
-        let line = format!("{method}=echo now > {}; read x < {}; {rest}", told.display(), heard.display());
-        let mut arguments =
-            vec!["--drain-timeout=1000", "eval", &line, "close=echo close >> log", "unload=echo unload >> log"];
+        // However long that takes here: it would be told to end before long, and killed only after the grace period.
+        let line =
+            format!("{method}=trap '' TERM; echo now > {}; read x < {}; {rest}", told.display(), heard.display());
+        let mut arguments = vec![
+            "--drain-timeout=1000",
+            "--grace-period=1000",
+            "eval",
+            &line,
+            "close=echo close >> log",
+            "unload=echo unload >> log",
+        ];
         if method != "get_size" {
             arguments.push("get_size=echo 1M");
         }
@@ -506,6 +514,94 @@ fn a_script_that_hangs_does_not_hold_up_the_end() {
     assert_eq!(server.simple().ask(NBD_CMD_READ, 0, 1 << 20, 1).error, NBD_EINVAL);
     server.terminate().expect(1);
     room.assert_nothing_left();
+}
+
+/// What hangs for a client in the handshake: it is told to end, and if it does not hear that, killed.
+const IN_THE_HANDSHAKE: [&str; 2] = [
+    "echo hanging > hanging; sleep 1000; :",
+    "trap '' TERM; echo hanging > hanging; setsid sleep 1000 & sleep 1000; sleep 1000; :",
+];
+
+/// The server's arguments for a script that hangs in `method`, for the grace period.
+fn hanging_in(method: &str, script: &str, grace: &str) -> Vec<String> {
+    let mut arguments = vec![format!("--grace-period={grace}"), "--drain-timeout=1000".to_owned(), "eval".to_owned()];
+    arguments.push(format!("{method}={script}"));
+    arguments.extend(["pread=exit 1", "close=echo close >> log", "unload=echo unload >> log"].map(str::to_owned));
+    if method != "get_size" {
+        arguments.push("get_size=echo 1M".to_owned());
+    }
+    arguments
+}
+
+/// F5: a client in the handshake was promised nothing, so what hangs for it does not get the time of the drain, and is no failure.
+/// What was opened is closed, and all is unloaded.
+#[test]
+fn a_script_that_hangs_in_a_handshake_does_not_hold_up_the_end() {
+    if nbdkit_differs("it waits for the script") {
+        return;
+    }
+    for method in ["preconnect", "list_exports", "default_export", "open", "get_size", "can_write"] {
+        for script in IN_THE_HANDSHAKE {
+            let room = Room::new();
+            let mut hanging = room.fifo("hanging");
+            let server = room.serve(hanging_in(method, script, "0.1"));
+            // A client of its own, which need not be told that it has no server any more.
+            let probe = format!("nbdinfo --list '{}' > probe 2>&1 & exit 0", server.uri());
+            room.tool("sh", ["-c", &probe]).run_to(0);
+            assert_eq!(hanging.hear(), "hanging", "{method}");
+            let output = server.terminate().expect(0);
+            let why = format!("{method}: the server is ending and the script was killed");
+            // Without a list the default export would be listed, and without that nothing is: no failure.
+            assert!(output.stderr.contains(&why) || method == "default_export", "{output:#?}");
+            let log = fs::read_to_string(room.path("log")).expect("the scripts have written it");
+            let opened = matches!(method, "get_size" | "can_write");
+            assert_eq!(log, if opened { "close\nunload\n" } else { "unload\n" }, "{method}");
+            room.wait_until_nothing_left();
+        }
+    }
+}
+
+/// The same where the command has ended, by itself or told to, and where the parent has.
+#[test]
+fn a_script_that_hangs_in_a_handshake_holds_up_neither_command_nor_parent() {
+    if nbdkit_differs("it waits for the script") {
+        return;
+    }
+    for method in ["preconnect", "list_exports", "open"] {
+        let arguments = hanging_in(method, IN_THE_HANDSHAKE[0], "0.1");
+        let log = |room: &Room| fs::read_to_string(room.path("log")).unwrap_or_default();
+        // The command ends by itself.
+        let room = Room::new();
+        let _hanging = room.fifo("hanging");
+        let command = "nbdinfo --list \"$uri\" > probe 2>&1 & read x < hanging; exit 3";
+        room.captive(&arguments, command).run_to(3);
+        assert_eq!(log(&room), "unload\n", "{method}");
+        room.wait_until_nothing_left();
+        // It is told to, and waits for the script as well.
+        let room = Room::new();
+        let mut hanging = room.fifo("hanging");
+        let captive = room.captive(&arguments, "exec nbdinfo --list \"$uri\"").start();
+        assert_eq!(hanging.hear(), "hanging");
+        captive.signal(Signal::SIGTERM);
+        captive.finish().expect_signal(Signal::SIGTERM);
+        assert_eq!(log(&room), "unload\n", "{method}");
+        room.assert_nothing_left();
+        // The parent ends.
+        let room = Room::new();
+        let mut hanging = room.fifo("hanging");
+        let mut parent = room.tool("sh", ["-c", "\"$@\" & wait", "sh"]);
+        parent.args([server_path()]).args(["--exit-with-parent", "-U", "socket"]).args(&arguments);
+        let mut parent = parent.start();
+        parent.wait_until_listening(&room.path("socket"));
+        let probe =
+            format!("nbdinfo --list 'nbd+unix:///?socket={}' > probe 2>&1 & exit 0", room.path("socket").display());
+        room.tool("sh", ["-c", &probe]).run_to(0);
+        assert_eq!(hanging.hear(), "hanging");
+        parent.signal(Signal::SIGKILL);
+        parent.finish().expect_signal(Signal::SIGKILL);
+        room.wait_until_nothing_left();
+        assert_eq!(log(&room), "unload\n", "{method}");
+    }
 }
 
 /// B18: "clean at every instant of start"

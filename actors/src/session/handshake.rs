@@ -12,7 +12,7 @@ use smol::future::or;
 use smol::lock::MutexGuardArc;
 
 use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
-use crate::backend::{calmly, open};
+use crate::backend::{Turn, calmly, open};
 use crate::coordinator::Message;
 use crate::device::{Client, Connection, Error, Exports, MetaContext, Result as DeviceResult};
 use crate::log::Speaker;
@@ -33,6 +33,8 @@ const MAX_SKIP: u32 = MAX_PAYLOAD;
 /// How long a TLS handshake may take, even where a client may take all the time it wants to negotiate. Source: GnuTLS
 /// `GNUTLS_DEFAULT_HANDSHAKE_TIMEOUT`, by which nbdkit ends it.
 const TLS_HANDSHAKE: Duration = Duration::from_secs(40);
+/// How long a device may take to come back that was told for the last time that nobody waits for it.
+const COME_BACK: Duration = Duration::from_secs(1);
 /// How much of a long answer is put together before it is sent, in bytes.
 const OUTPUT: usize = 64 * 1024;
 
@@ -105,7 +107,7 @@ impl Handshake<'_> {
     async fn negotiate(mut self) -> Result<Agreed, End> {
         if self.surroundings.exports.looks_at_clients() {
             let anybody = self.client(Vec::new());
-            let looked = self.ask(anybody, |exports, client| exports.preconnect(client)).await;
+            let looked = self.ask(anybody, |exports, client| exports.preconnect(client)).await?;
             looked.map_err(|error| End::Broken(error.to_string()))?;
             self.check_not_cut()?;
         }
@@ -223,8 +225,8 @@ impl Handshake<'_> {
                 self.headers = Headers::Structured;
                 self.reply(option, NBD_REP_ACK, &[]);
             }
-            HandshakeOption::ListMetaContext(query) => self.list_meta_context(&query).await,
-            HandshakeOption::SetMetaContext(query) => self.set_meta_context(query).await,
+            HandshakeOption::ListMetaContext(query) => self.list_meta_context(&query).await?,
+            HandshakeOption::SetMetaContext(query) => self.set_meta_context(query).await?,
             HandshakeOption::Unknown => self.refuse(option, NBD_REP_ERR_UNSUP, "unknown option"),
         }
         Ok(Next::Another)
@@ -290,6 +292,7 @@ impl Handshake<'_> {
     /// Enters transmission, if the client still takes the word for it.
     async fn choose(mut self, agreed: Agreed) -> Result<Agreed, End> {
         // Before the client can know: what happens next, it may have brought about, and it is one who is served to its end.
+        self.connection.let_in();
         self.surroundings.coordinator.tell(Message::SessionNegotiated(self.id));
         match self.flush().await {
             Ok(()) => Ok(Agreed { left_over: self.input, ..agreed }),
@@ -313,19 +316,32 @@ impl Handshake<'_> {
     }
 
     /// Waits for what the device was asked. That cannot be taken back, and the exports are unloaded only after it, so it is waited
-    /// for although the server is ending; but the client, who was promised nothing, sees the end of the connection at once.
-    async fn of_the_device<T>(&mut self, call: impl Future<Output = T>) -> T {
+    /// for although the server is ending; but the client, who was promised nothing, sees the end of the connection at once. The
+    /// device is told in time that it is to come back ([`Connection::recall`]), and is left behind if it does not.
+    async fn of_the_device<T>(&mut self, call: impl Future<Output = T>) -> Result<T, End> {
         let mut call = pin!(call);
+        let Surroundings { orders, world, .. } = self.surroundings;
         let draining = async {
-            self.surroundings.orders.draining().await;
+            orders.draining().await;
             None
         };
         // The answer wins, so that it is taken where both are there.
         if let Some(answer) = or(async { Some(call.as_mut().await) }, draining).await {
-            return answer;
+            return Ok(answer);
         }
         self.transport.finish();
-        call.await
+        let left_behind = async {
+            orders.giving_up().await;
+            world.after(COME_BACK).await;
+            Err(End::LeftBehind)
+        };
+        or(async { Ok(call.await) }, left_behind).await
+    }
+
+    /// The turn to ask the device for something, where calls are made one by one. Nobody asks any more who is to drain.
+    async fn turn(&mut self) -> Result<Option<Turn>, End> {
+        let gates = &self.surroundings.gates;
+        in_time(self.surroundings, self.deadline, async { Ok(gates.alone().await) }).await
     }
 
     async fn export(&mut self, option: u32, query: ExportQuery) -> Result<Next, End> {
@@ -339,15 +355,29 @@ impl Handshake<'_> {
         };
         // Always sent, asked for or not.
         self.reply(option, NBD_REP_INFO, &[&info_export(agreed.agreement.size, flags)]);
-        // Each once, however often it is asked for. Others are not known, and the specification lets a server pass over those.
+        if let Err(end) = self.inform(option, &query.infos, client, &agreed).await {
+            self.close(agreed).await;
+            return Err(end);
+        }
+        self.reply(option, NBD_REP_ACK, &[]);
+        if option == NBD_OPT_INFO {
+            self.close(agreed).await;
+            return Ok(Next::Another);
+        }
+        Ok(Next::Chosen(Box::new(agreed)))
+    }
+
+    /// Replies with what was asked for about an export that was opened. Each once, however often it is asked for; others are not
+    /// known, and the specification lets a server pass over those.
+    async fn inform(&mut self, option: u32, infos: &[u16], client: Client, agreed: &Agreed) -> Result<(), End> {
         for info in [NBD_INFO_NAME, NBD_INFO_DESCRIPTION, NBD_INFO_BLOCK_SIZE] {
-            if !query.infos.contains(&info) {
+            if !infos.contains(&info) {
                 continue;
             }
             match info {
                 NBD_INFO_NAME => {
                     let name = if client.export_name.is_empty() {
-                        self.ask(client.clone(), |exports, client| exports.default_export(client)).await.ok().flatten()
+                        self.ask(client.clone(), |exports, client| exports.default_export(client)).await?.ok().flatten()
                     } else {
                         Some(client.export_name.clone())
                     };
@@ -356,7 +386,7 @@ impl Handshake<'_> {
                     }
                 }
                 NBD_INFO_DESCRIPTION => {
-                    let text = self.ask(client.clone(), |exports, client| Ok(exports.description(client))).await;
+                    let text = self.ask(client.clone(), |exports, client| Ok(exports.description(client))).await?;
                     if let Ok(Some(text)) = text {
                         let parts: [&[u8]; 2] = [&NBD_INFO_DESCRIPTION.to_be_bytes(), cut(text.as_bytes())];
                         self.reply(option, NBD_REP_INFO, &parts);
@@ -369,12 +399,7 @@ impl Handshake<'_> {
                 }
             }
         }
-        self.reply(option, NBD_REP_ACK, &[]);
-        if option == NBD_OPT_INFO {
-            self.close(agreed).await;
-            return Ok(Next::Another);
-        }
-        Ok(Next::Chosen(Box::new(agreed)))
+        Ok(())
     }
 
     fn client(&self, export_name: Vec<u8>) -> Client {
@@ -397,8 +422,9 @@ impl Handshake<'_> {
         let turn = in_time(self.surroundings, self.deadline, async { Ok(gates.enter().await) }).await?;
         let contexts = self.contexts.as_ref().filter(|(export, _)| *export == name).map(|(_, contexts)| *contexts);
         let exports = Arc::clone(&self.surroundings.exports);
-        let opening = open(exports, self.client(name), gates.clone(), self.surroundings.coordinator.clone());
-        let opened = match self.of_the_device(opening).await {
+        let alone = self.turn().await?;
+        let opening = open(exports, self.client(name), gates.clone(), alone, self.surroundings.coordinator.clone());
+        let opened = match self.of_the_device(opening).await? {
             Ok(opened) if self.connection.is_cut() => {
                 if let Err(error) = opened.close().await {
                     self.note(&error);
@@ -428,17 +454,18 @@ impl Handshake<'_> {
         &mut self,
         client: Client,
         question: impl FnOnce(&dyn Exports, &Client) -> DeviceResult<T> + Send + 'static,
-    ) -> DeviceResult<T> {
+    ) -> Result<DeviceResult<T>, End> {
+        let alone = self.turn().await?;
         let exports = Arc::clone(&self.surroundings.exports);
         let coordinator = self.surroundings.coordinator.clone();
         let gates = &self.surroundings.gates;
-        let asking = gates.apart(move || calmly(&coordinator, || question(&*exports, &client)));
+        let asking = gates.within(alone, move || calmly(&coordinator, || question(&*exports, &client)));
         self.of_the_device(asking).await
     }
 
     async fn list(&mut self) -> Result<(), End> {
         let anybody = self.client(Vec::new());
-        match self.ask(anybody, |exports, client| exports.list(client)).await {
+        match self.ask(anybody, |exports, client| exports.list(client)).await? {
             Ok(exports) => {
                 if !std::mem::replace(&mut self.listed, true) {
                     self.options_left += MAX_OPTIONS * exports.len();
@@ -462,35 +489,39 @@ impl Handshake<'_> {
         Ok(())
     }
 
-    async fn list_meta_context(&mut self, query: &MetaContextQuery) {
+    async fn list_meta_context(&mut self, query: &MetaContextQuery) -> Result<(), End> {
         let option = NBD_OPT_LIST_META_CONTEXT;
         if !self.surroundings.rules.meta_contexts {
-            return self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
+            self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
+            return Ok(());
         }
         // A namespace and a colon stand for all that is in it.
         let is_wanted = |name: &str| {
             let namespace = &name.as_bytes()[..name.find(':').map_or(0, |colon| colon + 1)];
             query.queries.is_empty() || query.queries.iter().any(|query| query == name.as_bytes() || query == namespace)
         };
-        for (_, name) in self.contexts_of(query).await {
+        for (_, name) in self.contexts_of(query).await? {
             if is_wanted(&name) {
                 self.reply(option, NBD_REP_META_CONTEXT, &[&0u32.to_be_bytes(), cut(name.as_bytes())]);
             }
         }
         self.reply(option, NBD_REP_ACK, &[]);
+        Ok(())
     }
 
-    async fn set_meta_context(&mut self, query: MetaContextQuery) {
+    async fn set_meta_context(&mut self, query: MetaContextQuery) -> Result<(), End> {
         let option = NBD_OPT_SET_META_CONTEXT;
         self.contexts = None;
         if !self.surroundings.rules.meta_contexts {
-            return self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
+            self.refuse(option, NBD_REP_ERR_UNSUP, "metadata contexts are disabled");
+            return Ok(());
         }
         if self.headers == Headers::Simple {
-            return self.refuse(option, NBD_REP_ERR_INVALID, "structured replies must be negotiated first");
+            self.refuse(option, NBD_REP_ERR_INVALID, "structured replies must be negotiated first");
+            return Ok(());
         }
         let mut contexts = Contexts::default();
-        for (context, name) in self.contexts_of(&query).await {
+        for (context, name) in self.contexts_of(&query).await? {
             if query.queries.iter().any(|query| query == name.as_bytes()) && contexts.select(context) {
                 let id = Contexts::id(context).to_be_bytes();
                 self.reply(option, NBD_REP_META_CONTEXT, &[&id, cut(name.as_bytes())]);
@@ -498,18 +529,19 @@ impl Handshake<'_> {
         }
         self.contexts = Some((query.name, contexts));
         self.reply(option, NBD_REP_ACK, &[]);
+        Ok(())
     }
 
     /// The contexts that the export of `query` has for this client, with their numbers. The device is asked only where the client
     /// does not ask for `base:` alone.
-    async fn contexts_of(&mut self, query: &MetaContextQuery) -> Vec<(u32, Cow<'static, str>)> {
+    async fn contexts_of(&mut self, query: &MetaContextQuery) -> Result<Vec<(u32, Cow<'static, str>)>, End> {
         let mut contexts = vec![(0, Cow::Borrowed(BASE_ALLOCATION))];
         let is_base = |query: &Vec<u8>| query.starts_with(b"base:");
         if !query.queries.is_empty() && query.queries.iter().all(is_base) {
-            return contexts;
+            return Ok(contexts);
         }
         let client = self.client(query.name.clone());
-        match self.ask(client, |exports, client| exports.meta_contexts(client)).await {
+        match self.ask(client, |exports, client| exports.meta_contexts(client)).await? {
             Ok(own) => {
                 let is_extended = self.headers == Headers::Extended;
                 let usable = |(_, context): &(u32, MetaContext)| is_extended || !context.is_wide;
@@ -518,7 +550,7 @@ impl Handshake<'_> {
             // No such export, say: it has none then, and its opening will tell.
             Err(error) => self.speaker.debug(format_args!("newstyle negotiation: metadata contexts: {error}")),
         }
-        contexts
+        Ok(contexts)
     }
 
     fn reply(&mut self, option: u32, reply: u32, parts: &[&[u8]]) {

@@ -102,6 +102,8 @@ pub(crate) enum End {
     TooSlow,
     /// The server is ending, and the client did not take its replies.
     Stalled,
+    /// The server is ending, and the device does not answer what was asked in the handshake.
+    LeftBehind,
     /// The device wants no more of the client.
     Cut,
 }
@@ -115,6 +117,9 @@ impl fmt::Display for End {
             End::Insecure(why) => write!(f, "connection closed: TLS handshake: {why}"),
             End::Drained => f.write_str("connection closed: the server is ending"),
             End::TooSlow => f.write_str("connection closed: the handshake took longer than --timeout allows"),
+            End::LeftBehind => f.write_str(
+                "connection closed: the server is ending, and the device did not answer what was asked in the handshake",
+            ),
             End::Cut => f.write_str("connection closed: the device ended it"),
             End::Stalled => f.write_str("connection closed: the server is ending and the client took no replies"),
         }
@@ -183,7 +188,7 @@ pub(crate) fn run(
             }
             // A probe: somebody looked whether there is a server, and left.
             End::Lost(error) if !visit.negotiated && is_departure(error) => speaker.debug(format_args!("{end}")),
-            End::Lost(_) | End::Broken(_) | End::Insecure(_) | End::TooSlow | End::Stalled => {
+            End::Lost(_) | End::Broken(_) | End::Insecure(_) | End::TooSlow | End::Stalled | End::LeftBehind => {
                 speaker.error(format_args!("{end}"))
             }
             End::Disconnected | End::Drained | End::Cut => speaker.debug(format_args!("{end}")),
@@ -194,7 +199,7 @@ pub(crate) fn run(
             End::Disconnected | End::Drained => true,
             // A client that went, however it did, is no fault; one that is there and takes no replies is.
             End::Lost(error) => error.kind() != std::io::ErrorKind::BrokenPipe && is_departure(error),
-            End::Broken(_) | End::Insecure(_) | End::TooSlow | End::Stalled | End::Cut => false,
+            End::Broken(_) | End::Insecure(_) | End::TooSlow | End::Stalled | End::LeftBehind | End::Cut => false,
         };
         visit.served = visit.negotiated && is_no_fault;
         drop(visit);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nbdcaptive_actors::child_supervisor::{Captor, CommandEvent};
-use nbdcaptive_actors::device::{Error, ErrorCode, Result};
+use nbdcaptive_actors::device::{Client as Who, Device, Error, ErrorCode, Exports, Result, ThreadModel};
 use nbdcaptive_actors::{Cause, CommandEnd};
 
 use super::rig::*;
@@ -238,6 +238,134 @@ fn a_stuck_device_is_given_up_after_the_drain_timeout() {
             assert_eq!(disk.count(Op::Unload), 0, "what hangs in the device would hang its unloading too");
             gate.open();
         }
+    });
+}
+
+/// A grace period that is over soon, for what must come after it.
+const SOON: Duration = Duration::from_millis(10);
+
+/// F5: nobody was promised anything yet, so what hangs holds up nobody, is no failure, and is closed should it ever come back.
+#[test]
+fn a_device_that_hangs_for_a_client_in_the_handshake_is_left_behind() {
+    everywhere(|place| {
+        let (disk, gate) = gated(Op::Open);
+        let rig = Rig::start_with(place, &disk, |server| server.grace_period(SOON));
+        let mut client = rig.connect();
+        client.receive::<18>();
+        client.send(&handshake());
+        disk.wait_until_begun(Op::Open);
+        rig.handle().signal(SIGTERM);
+        client.expect_end();
+        let outcome = rig.outcome();
+        assert_eq!((outcome.exit_status(), outcome.failure), (0, None));
+        assert_eq!(disk.done(), [Op::Unload]);
+        gate.open();
+        disk.wait_until_done(Op::Close);
+        assert_eq!(disk.done(), [Op::Unload, Op::Open, Op::Close]);
+    });
+}
+
+/// F2 beside it: who was let in has the time of the drain.
+#[test]
+fn a_request_is_answered_although_another_client_was_left_behind() {
+    everywhere(|place| {
+        let (read, open) = (Gate::default(), Gate::default());
+        let (in_read, in_open, opened) = (read.clone(), open.clone(), AtomicBool::new(false));
+        let disk = Disk::new(move |op| {
+            match op {
+                Op::Open if opened.swap(true, Ordering::SeqCst) => in_open.pass(),
+                Op::Read => in_read.pass(),
+                _ => {}
+            }
+            Ok(())
+        });
+        let rig = Rig::start_with(place, &disk, |server| server.grace_period(SOON));
+        let mut client = rig.client();
+        client.request(NBD_CMD_READ, 1, 512);
+        disk.wait_until_begun(Op::Read);
+        let mut other = rig.connect();
+        other.receive::<18>();
+        other.send(&handshake());
+        disk.wait_until_begun_times(Op::Open, 2);
+        rig.handle().signal(SIGTERM);
+        other.expect_end();
+        assert!(rig.outcome_within(Duration::from_millis(100)).is_none(), "the request is under way");
+        read.open();
+        assert_eq!(client.reply(), (1, 0));
+        client.receive::<512>();
+        client.expect_end();
+        let outcome = rig.outcome();
+        assert_eq!((outcome.exit_status(), outcome.failure), (0, None));
+        assert_eq!(disk.done(), [Op::Open, Op::Read, Op::Close, Op::Unload]);
+        open.open();
+    });
+}
+
+/// Opens nothing before it is told that nobody waits any more; then it would wait for ever, but for that.
+struct Obedient(Disk);
+
+impl Exports for Obedient {
+    fn open(&self, client: &Who) -> Result<Box<dyn Device>> {
+        let recall = client.connection.recall().expect("a client in the handshake may be recalled");
+        self.0.open(client)?;
+        smol::block_on(recall.recalled());
+        Err(Error::failed(ErrorCode::Shutdown, "nobody waits"))
+    }
+
+    fn unload(&self) -> Result<()> {
+        self.0.unload()
+    }
+}
+
+#[test]
+fn a_device_that_hears_that_nobody_waits_is_waited_for() {
+    everywhere(|place| {
+        let disk = Disk::new(willing);
+        let recalled = Duration::from_millis(10);
+        let rig = Rig::serve(place, Obedient(disk.clone()), |server| server.grace_period(recalled));
+        let mut client = rig.connect();
+        client.receive::<18>();
+        client.send(&handshake());
+        disk.wait_until_begun(Op::Open);
+        assert_eq!(rig.end().exit_status(), 0);
+        client.expect_end();
+        assert_eq!(disk.done(), [Op::Open, Op::Unload]);
+    });
+}
+
+/// One call at a time.
+struct OneByOne(Disk);
+
+impl Exports for OneByOne {
+    fn thread_model(&self) -> ThreadModel {
+        ThreadModel::SerializeAllRequests
+    }
+
+    fn open(&self, client: &Who) -> Result<Box<dyn Device>> {
+        self.0.open(client)
+    }
+
+    fn unload(&self) -> Result<()> {
+        self.0.unload()
+    }
+}
+
+#[test]
+fn who_waits_for_a_turn_at_the_end_does_not_get_it() {
+    everywhere(|place| {
+        let (disk, gate) = gated(Op::Open);
+        let rig = Rig::serve(place, OneByOne(disk.clone()), |server| server);
+        let mut clients = [rig.connect(), rig.connect()];
+        for client in &mut clients {
+            client.receive::<18>();
+            client.send(&handshake());
+        }
+        disk.wait_until_begun(Op::Open);
+        rig.handle().signal(SIGTERM);
+        clients.iter_mut().for_each(Client::expect_end);
+        gate.open();
+        assert_eq!(rig.outcome().exit_status(), 0);
+        assert_eq!(disk.done(), [Op::Open, Op::Close, Op::Unload]);
     });
 }
 

@@ -101,7 +101,12 @@ impl Disk {
     }
 
     pub fn wait_until_begun(&self, op: Op) {
-        wait_for(&format!("{op:?} to reach the device"), || self.0.begun.lock().unwrap().contains(&op).then_some(()));
+        self.wait_until_begun_times(op, 1);
+    }
+
+    pub fn wait_until_begun_times(&self, op: Op, times: usize) {
+        let begun = || self.0.begun.lock().unwrap().iter().filter(|begun| **begun == op).count();
+        wait_for(&format!("{op:?} to reach the device"), || (begun() >= times).then_some(()));
     }
 
     pub fn wait_until_done(&self, op: Op) {
@@ -207,6 +212,10 @@ impl Rig {
     }
 
     pub fn start_with(place: Place, disk: &Disk, configure: impl FnOnce(Server) -> Server) -> Rig {
+        Rig::serve(place, disk.clone(), configure)
+    }
+
+    pub fn serve(place: Place, exports: impl Exports, configure: impl FnOnce(Server) -> Server) -> Rig {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         // Another run may have left one, or be in a pid namespace where it has the same number.
         let directory = loop {
@@ -218,7 +227,7 @@ impl Rig {
             }
         };
         let listener = UnixListener::bind(directory.join("s")).expect("a socket in it");
-        let server = Server::new(Arc::new(disk.clone())).listen(listener).drain_timeout(NEVER);
+        let server = Server::new(Arc::new(exports)).listen(listener).drain_timeout(NEVER);
         let server = if place == Place::Workers { server.workers(2).spin(Duration::from_micros(50)) } else { server };
         let executor = Arc::new(Executor::new());
         let running = configure(server).start(&executor).expect("it starts");

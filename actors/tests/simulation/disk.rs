@@ -452,7 +452,9 @@ impl Exports for Shelf {
         let mut universe = lock(&self.shared);
         universe.note(None, "the disk is unloaded", 0, 0);
         universe.disk.unloaded += 1;
-        if universe.disk.instances.iter().any(|instance| !instance.closed) && !universe.may_be_cut_off() {
+        let waited_for = |client| !universe.may_be_left_behind(client);
+        let is_open = universe.disk.instances.iter().any(|instance| !instance.closed && waited_for(instance.client));
+        if is_open && !universe.may_be_cut_off() {
             universe.break_promise(None, "the disk is unloaded before all is closed".into());
         }
         let fails = universe.config.unload_fails;

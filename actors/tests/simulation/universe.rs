@@ -28,6 +28,9 @@ pub const UNSEEN: u64 = 256 << 10;
 pub const MAX_PAYLOAD: u64 = 64 << 20;
 /// How long sessions may take to stop when they are told to at once: `CLOSE` in `coordinator.rs`.
 pub const CLOSE: Duration = Duration::from_secs(1);
+/// How long the disk may take at the end for a client in the handshake: `RECALL` in `coordinator.rs`, the grace period, and
+/// `COME_BACK` in `session/handshake.rs`.
+pub const LEFT_BEHIND: Duration = Duration::from_secs(2 + 5 + 1);
 /// How long a client that takes no replies may hold up the end: `STALL` in `session/transmission.rs`.
 pub const STALL: Duration = Duration::from_secs(1);
 /// When the same signal counts as a second one: `SECOND_SIGNAL` there.
@@ -480,6 +483,8 @@ pub struct End {
     pub any_counted: bool,
     /// There was a moment at which the server could end for want of clients.
     pub lonely: bool,
+    /// Since when: no drain that nobody ordered began earlier.
+    pub lonely_since: Option<Duration>,
     /// Time has passed during the drain although somebody had something to do.
     pub hurried: bool,
     /// A device has panicked.
@@ -536,6 +541,13 @@ impl Universe {
         !self.end.orders.is_empty() || self.end.lonely || self.end.panicked
     }
 
+    /// Whether the server may have left behind what it asked the disk for this client, who was in the handshake.
+    pub fn may_be_left_behind(&self, client: usize) -> bool {
+        let drained = self.end.ordered.into_iter().chain(self.end.lonely_since).min();
+        let is_late = |since: Duration| self.simulation.elapsed() >= since + LEFT_BEHIND;
+        self.clients[client].stage != Stage::Transmission && drained.is_some_and(is_late)
+    }
+
     /// Whether the server may have given up what was under way.
     pub fn may_be_cut_off(&self) -> bool {
         let now = self.simulation.elapsed();
@@ -543,6 +555,7 @@ impl Universe {
         // Where the end was nobody's order its drain began at a moment that is not known here.
         self.end.at_once
             || self.end.ordered.map_or(self.end.lonely, late)
+            || self.end.lonely_since.is_some_and(late)
             || (self.end.lonely && self.config.drain < CLOSE)
     }
 }

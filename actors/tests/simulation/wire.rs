@@ -175,6 +175,7 @@ impl crate::universe::Universe {
         self.end.any_counted |= self.end.any_served || unheard;
         let has_left = self.end.any_counted && self.config.exit_last;
         self.end.lonely |= served == 0 && (has_left || self.end.event_fired || self.config.only);
+        self.end.lonely_since = self.end.lonely_since.or_else(|| self.end.lonely.then(|| self.simulation.elapsed()));
         let client = &self.clients[id];
         let late = client.stage != Stage::Transmission
             && self.config.handshake_timeout.is_some_and(|limit| now >= client.since + limit);

@@ -492,6 +492,7 @@ impl Universe {
         self.note(None, "the event happens", 0, 0);
         self.end.event_fired = true;
         self.end.lonely |= !self.clients.iter().any(|client| client.alive && client.stage == Stage::Transmission);
+        self.end.lonely_since = self.end.lonely_since.or_else(|| self.end.lonely.then(|| self.simulation.elapsed()));
     }
 
     /// Some of what the client has sent arrives. Whether there was anything.
@@ -676,7 +677,8 @@ impl Universe {
         if let Some(id) = self.clients.iter().position(|client| client.alive) {
             return self.break_promise(Some(id), "the server has ended and its connection is open".into());
         }
-        if let Some(open) = self.disk.instances.iter().find(|instance| !instance.closed) {
+        let waited_for = |client| !self.may_be_left_behind(client);
+        if let Some(open) = self.disk.instances.iter().find(|open| !open.closed && waited_for(open.client)) {
             let id = open.client;
             return self.break_promise(Some(id), "the server has ended and its device was not closed".into());
         }

@@ -76,14 +76,15 @@ struct Asked<'a> {
     words: &'a [&'a [u8]],
     input: &'a [u8],
     enough: usize,
-    phase: Phase,
+    /// The server is not serving yet.
+    starts: bool,
     /// Which the script may end.
     connection: Connection,
 }
 
 impl<'a> Asked<'a> {
     fn of(words: &'a [&'a [u8]]) -> Asked<'a> {
-        Asked { words, input: &[], enough: TEXT + 1, phase: Phase::Serving, connection: Connection::default() }
+        Asked { words, input: &[], enough: TEXT + 1, starts: false, connection: Connection::default() }
     }
 
     fn by(connection: &Connection, words: &'a [&'a [u8]]) -> Asked<'a> {
@@ -114,9 +115,14 @@ impl Scripts {
         }
         let words: Vec<&CStr> = words.iter().map(CString::as_c_str).collect();
         let program = Program { path, words: &words, environment: &self.environment };
-        let ran = kept::run(program, asked.input, asked.enough, true, asked.phase).map_err(system)?;
+        let phase = if asked.starts { Phase::Starting } else { Phase::Serving(&asked.connection) };
+        let ran = kept::run(program, asked.input, asked.enough, true, phase).map_err(system)?;
         let status = match ran.status {
             WaitStatus::Exited(_, status) => status,
+            WaitStatus::Signaled(..) if ran.recalled => {
+                let why = format!("{name}: {method}: the server is ending and the script was killed");
+                return Err(Error::failed(ErrorCode::Shutdown, why));
+            }
             WaitStatus::Signaled(_, signal, _) => {
                 let why = format!("{name}: script terminated by signal {}", signal as i32);
                 return Err(Error::failed(ErrorCode::Io, why));
@@ -184,12 +190,12 @@ impl Scripts {
 
     /// Runs a method while the server starts. Whether it is there.
     pub fn starting(&self, method: &str, words: &[&[u8]]) -> Result<bool, ConfigError> {
-        self.done(method, Asked { phase: Phase::Starting, ..Asked::of(words) }).map_err(config_error)
+        self.done(method, Asked { starts: true, ..Asked::of(words) }).map_err(config_error)
     }
 
     /// As [`Scripts::starting`], for its output.
     pub fn starting_line(&self, method: &str) -> Result<Option<Vec<u8>>, ConfigError> {
-        self.line(method, Asked { phase: Phase::Starting, ..Asked::of(&[]) }).map_err(config_error)
+        self.line(method, Asked { starts: true, ..Asked::of(&[]) }).map_err(config_error)
     }
 
     /// What the script wants; what cannot be read is the safe one.
@@ -206,7 +212,7 @@ impl Scripts {
 
     /// Lines for `--dump-plugin`.
     pub fn dump(&self) -> Result<Vec<u8>, ConfigError> {
-        let asked = Asked { phase: Phase::Starting, ..Asked::of(&[]) };
+        let asked = Asked { starts: true, ..Asked::of(&[]) };
         let own = format!("max_known_status={MAX_KNOWN_STATUS}\n").into_bytes();
         Ok([own, self.text("dump_plugin", asked).map_err(config_error)?.unwrap_or_default()].concat())
     }

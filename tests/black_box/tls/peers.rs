@@ -30,6 +30,26 @@ fn nbdinfo_finds_the_way_by_the_uri_alone() {
     }
 }
 
+/// F5, for a client that has come through TLS.
+#[test]
+fn a_script_that_hangs_behind_tls_does_not_hold_up_the_end() {
+    let room = Room::new();
+    let pki = Pki::new(&room, "pki");
+    let _hanging = room.fifo("hanging");
+    for kind in KINDS {
+        for method in ["list_exports", "open"] {
+            let hang = format!("{method}=echo hanging > hanging; sleep 1000; :");
+            let server = ["--tls=require", "--grace-period=0.1", "--drain-timeout=1000", &pki.option(kind), "eval"];
+            let scripts = ["get_size=echo 1M", "pread=exit 1", "unload=echo unload > log", &hang];
+            let command = "nbdinfo --list \"$uri\" > probe 2>&1 & read x < hanging; exit 3";
+            room.captive([&server[..], &scripts].concat(), command).run_to(3);
+            assert_eq!(fs::read_to_string(room.path("log")).expect("it was unloaded"), "unload\n");
+            fs::remove_file(room.path("log")).expect("it is there");
+            room.wait_until_nothing_left();
+        }
+    }
+}
+
 #[test]
 fn nbdcopy_copies_in_and_out() {
     let room = Room::new();
