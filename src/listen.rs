@@ -11,16 +11,17 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use crate::kept;
 use crate::values;
 use dns_lookup::{AddrFamily, AddrInfoHints, SockType as LookupType, getaddrinfo};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, getsockname, getsockopt, listen,
-    setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, UnixAddr, bind, connect, getsockname, getsockopt,
+    listen, setsockopt, socket, sockopt,
 };
 
 use crate::cli::{Family, Options, Unix};
@@ -381,14 +382,11 @@ pub fn write_pidfile(path: &Path) -> Result<(), String> {
     let attempt = || -> io::Result<()> {
         // A device or a pipe cannot be replaced by a file.
         let special = fs::metadata(path).is_ok_and(|about| !about.file_type().is_file());
-        let target = if special { path.to_owned() } else { temporary(path) };
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create(!special)
-            .truncate(!special)
-            .mode(0o644)
-            .custom_flags(nix::libc::O_NOCTTY)
-            .open(&target)?;
+        let target = if special { path.to_owned() } else { temporary(path, std::process::id().cast_signed()) };
+        let mut options = fs::OpenOptions::new();
+        options.write(true).create(!special).truncate(!special).mode(0o644);
+        options.custom_flags(nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK);
+        let mut file = if special { kept::starting(open_special(&options, path))?? } else { options.open(&target)? };
         // A full disk may show only when the data is written back; a device has no such thing.
         let written = file.write_all(text.as_bytes()).and_then(|()| if special { Ok(()) } else { file.sync_data() });
         let placed = written.and_then(|()| if special { Ok(()) } else { fs::rename(&target, path) });
@@ -400,9 +398,22 @@ pub fn write_pidfile(path: &Path) -> Result<(), String> {
     attempt().map_err(|error| format!("{}: {error}", path.display()))
 }
 
-fn temporary(path: &Path) -> PathBuf {
+/// Waits for a pipe to have a reader, as an open that blocks does; but that would hear no signal.
+async fn open_special(options: &fs::OpenOptions, path: &Path) -> io::Result<fs::File> {
+    /// How often it is looked for.
+    const LOOK: Duration = Duration::from_millis(10);
+    loop {
+        match options.open(path) {
+            Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => async_io::Timer::after(LOOK).await,
+            opened => return opened,
+        };
+    }
+}
+
+/// Where the pid file of process `pid` is written, before it gets its name.
+fn temporary(path: &Path, pid: i32) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{}", std::process::id()));
+    name.push(format!(".{pid}"));
     PathBuf::from(name)
 }
 
@@ -423,6 +434,13 @@ pub fn sweep(options: &Options, private: Option<&PrivateDirectory>, pid: i32) {
     if let Some(Unix::Path(path)) = &options.unix {
         remove_dead_socket(path);
     }
+    // One that was killed while it wrote its pid file.
+    if let Some(path) = &options.pidfile {
+        let temporary = temporary(path, pid);
+        if fs::symlink_metadata(&temporary).is_ok_and(|about| about.file_type().is_file()) {
+            let _ = fs::remove_file(temporary);
+        }
+    }
     // nbdkit leaves it, and scripts that call it read there after the end which process it was.
     if let Some(path) = &options.pidfile
         && identity::package() != identity::NBDKIT
@@ -435,8 +453,12 @@ pub fn sweep(options: &Options, private: Option<&PrivateDirectory>, pid: i32) {
 fn remove_dead_socket(path: &Path) -> bool {
     let user = nix::unistd::geteuid().as_raw();
     let ours = fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket() && about.uid() == user);
-    let refused = || UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    ours && refused() && fs::remove_file(path).is_ok()
+    // Without waiting: at a queue that is full somebody listens, and may never accept.
+    let refused = || -> nix::Result<bool> {
+        let socket = socket(AddressFamily::Unix, SockType::Stream, FLAGS, None)?;
+        Ok(connect(socket.as_raw_fd(), &UnixAddr::new(path)?) == Err(Errno::ECONNREFUSED))
+    };
+    ours && refused() == Ok(true) && fs::remove_file(path).is_ok()
 }
 
 /// One server at a time makes a socket in a directory: a lock on the directory itself, which leaves no file behind. `None`
@@ -476,6 +498,17 @@ mod tests {
         assert_eq!(untouched, Ok(5));
         let refused = labelled(Some(label), "/nowhere/attribute", || Ok(5)).unwrap_err();
         assert!(refused.starts_with("selinux-label: setsockcreatecon_raw: No such file or directory"), "{refused}");
+    }
+
+    #[test]
+    fn what_a_server_leaves_that_is_killed_while_it_writes_its_pid_file_is_swept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pid");
+        fs::write(temporary(&path, 12345), "123").unwrap();
+        fs::write(temporary(&path, 12346), "another's").unwrap();
+        sweep(&Options { pidfile: Some(path.clone()), ..Options::default() }, None, 12345);
+        let left: Vec<_> = fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["pid.12346"]);
     }
 
     #[test]

@@ -634,6 +634,26 @@ mod paths {
         }
     }
 
+    /// E7: "somebody answers", only not now: whoever listens there is busy, or stopped, and its queue is full.
+    #[test]
+    fn a_socket_whose_queue_is_full_is_left_alone_at_once() {
+        use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+        let room = Room::new();
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let new = || socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("a socket");
+        let (busy, address) = (new(), UnixAddr::new(&room.path("socket")).expect("a short path"));
+        bind(busy.as_raw_fd(), &address).expect("nothing is there");
+        listen(&busy, Backlog::new(0).expect("it is small")).expect("it is bound");
+        let mut waiting = Vec::new();
+        wait_for("the queue to be full", || {
+            waiting.push(new());
+            connect(waiting.last()?.as_raw_fd(), &address).is_err().then_some(())
+        });
+        let output = room.server(["-f", "-U", "socket", "memory", "1M"]).run_to(1);
+        output.expect_error_line(&["Address already in use"]);
+        assert!(room.path("socket").exists());
+    }
+
     /// E7: "nobody answers and it is a socket of our uid: take over"
     #[test]
     fn a_dead_socket_is_taken_over() {
@@ -646,6 +666,32 @@ mod paths {
         server.simple().expect_alive();
         server.terminate().expect(0);
         assert!(!room.path("socket").exists());
+    }
+
+    /// B18, where the start waits for somebody to read the number.
+    #[test]
+    fn a_pid_file_that_is_a_pipe_waits_for_its_reader_and_hears_signals() {
+        let room = Room::new();
+        nix::unistd::mkfifo(&room.path("pid"), nix::sys::stat::Mode::S_IRWXU).expect("a pipe in the room");
+        let start = || {
+            let mut running = room.server(["-f", "-U", "socket", "-P", "pid", "memory", "1M"]).start();
+            running.wait_until_listening(&room.path("socket"));
+            running
+        };
+        let running = start();
+        running.signal(Signal::SIGTERM);
+        running.finish().expect_signal(Signal::SIGTERM);
+        if !nbdkit_differs("the socket's path is left") {
+            wait_for("the socket to be removed", || (!room.path("socket").exists()).then_some(()));
+        }
+        room.wait_until_nothing_left();
+        let _ = fs::remove_file(room.path("socket"));
+        let running = start();
+        let number = fs::read_to_string(room.path("pid")).expect("it is written");
+        assert_eq!(number, format!("{}\n", running.pid()));
+        running.signal(Signal::SIGTERM);
+        running.finish().expect(0);
+        room.assert_nothing_left();
     }
 
     /// E7: "two starters at once"
