@@ -2,7 +2,7 @@
 //!
 //! The engine starts no process. Whoever holds the command gives two channels: orders to it and events from it. The
 //! ChildSupervisor passes orders down while the command runs, and turns events into causes; if the holder is gone, that is
-//! a cause as well. Ends when the command has ended or its holder is gone.
+//! a cause as well. Ends when its holder is gone: what that hears after the command's end, a second signal say, counts too.
 
 use async_channel::{Receiver, Sender};
 
@@ -70,14 +70,21 @@ pub(crate) fn new(captor: Captor, coordinator: coordinator::Handle) -> (Handle, 
 
 async fn run(events: Receiver<CommandEvent>, coordinator: coordinator::Handle) {
     let _guard = coordinator.guard("the ChildSupervisor");
+    let mut has_ended = false;
     while let Ok(event) = events.recv().await {
         match event {
-            CommandEvent::Ended(end) => return coordinator.shut_down(Cause::CommandEnded(end)),
+            CommandEvent::Ended(end) => {
+                has_ended = true;
+                coordinator.shut_down(Cause::CommandEnded(end));
+            }
             CommandEvent::Signal(number) => coordinator.signal_of(number, Witness::Beside),
             CommandEvent::SignalAgain(number) => coordinator.signal_again(number),
             CommandEvent::FrontEnded => coordinator.shut_down(Cause::FrontEnded),
             CommandEvent::ParentEnded => coordinator.shut_down(Cause::ParentEnded),
         }
+    }
+    if has_ended {
+        return;
     }
     // Its holder went without a word. The command is no longer ours to wait for.
     coordinator.shut_down(Cause::FrontEnded);

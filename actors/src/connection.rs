@@ -61,6 +61,19 @@ impl Connection {
         }
     }
 
+    /// As [`Connection::of_the_server`], for a device that is opened by `open`: what that waits for is recalled as if it were for this
+    /// client alone, and what is asked later is not.
+    pub fn outlived<T>(&self, open: impl FnOnce(Connection) -> T) -> T {
+        let Some(inner) = &self.0 else { return open(Connection::default()) };
+        let lasting = Connection::new(inner.orders.clone(), inner.speaker.clone(), inner.world.clone());
+        if inner.owes.load(Ordering::SeqCst) {
+            lasting.let_in();
+        }
+        let opened = open(lasting.clone());
+        lasting.let_in();
+        opened
+    }
+
     /// What tells a call that is being made now that nobody wants its answer. `None` if it is owed one: a client that was let in
     /// gets an answer to what it has asked, however long that takes.
     ///
@@ -291,6 +304,20 @@ mod tests {
             // Also one that only begins now.
             assert_eq!(code(connection.wait(&Call::BLOCKING, pending::<()>())), ErrorCode::Shutdown);
         }
+    }
+
+    #[test]
+    fn a_call_may_be_recalled_until_its_client_was_let_in() {
+        assert!(Connection::default().recall().is_none());
+        let (connection, _server) = connection();
+        assert!(connection.recall().is_some() && connection.of_the_server().recall().is_none());
+        let lasting = connection.outlived(|lasting| {
+            assert!(lasting.recall().is_some());
+            lasting
+        });
+        assert!(lasting.recall().is_none(), "other clients use it now");
+        connection.let_in();
+        assert!(connection.recall().is_none() && connection.outlived(|lasting| lasting.recall().is_none()));
     }
 
     #[test]

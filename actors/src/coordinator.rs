@@ -329,8 +329,11 @@ impl State {
             Message::Deadline(Deadline::Grace) => self.kill(&mut orders),
             Message::Deadline(Deadline::Drain) => {
                 if self.unload != Unload::Done {
-                    let left = self.sessions.len();
-                    self.fail(Some(format!("the drain timed out: {left} clients were cut off")));
+                    let why = match (self.sessions.len(), self.unload) {
+                        (0, Unload::Asked) => "the drain timed out: the plugin was not unloaded".to_owned(),
+                        (left, _) => format!("the drain timed out: {left} clients were cut off"),
+                    };
+                    self.fail(Some(why));
                     self.close(&mut orders);
                 }
             }

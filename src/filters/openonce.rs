@@ -67,13 +67,9 @@ impl FilterExports for Once {
             Some((_, device)) => Arc::clone(device),
             None => {
                 // It outlives this client, and is nobody's in particular.
-                let anybody = Client {
-                    peer: None,
-                    peer_label: None,
-                    connection: client.connection.of_the_server(),
-                    ..client.clone()
-                };
-                let device: Arc<dyn Device> = Arc::from(self.next.open(&anybody)?);
+                let anybody = |connection| Client { peer: None, peer_label: None, connection, ..client.clone() };
+                let opened = client.connection.outlived(|connection| self.next.open(&anybody(connection)));
+                let device: Arc<dyn Device> = Arc::from(opened?);
                 open.push((key, Arc::clone(&device)));
                 device
             }

@@ -561,6 +561,22 @@ fn a_script_that_hangs_in_a_handshake_does_not_hold_up_the_end() {
     }
 }
 
+/// Also where it is opened for others too.
+#[test]
+fn a_script_that_hangs_in_an_open_that_clients_share_does_not_hold_up_the_end() {
+    if nbdkit_differs("it waits for the script") {
+        return;
+    }
+    let room = Room::new();
+    let _hanging = room.fifo("hanging");
+    let arguments = hanging_in("open", IN_THE_HANDSHAKE[0], "0.1");
+    let command = "nbdinfo \"$uri\" > probe 2>&1 & read x < hanging; exit 0";
+    let arguments = [&["--filter=openonce".to_owned()], &arguments[..]].concat();
+    room.captive(&arguments, command).run_to(0);
+    assert_eq!(fs::read_to_string(room.path("log")).expect("it was unloaded"), "unload\n");
+    room.wait_until_nothing_left();
+}
+
 /// The same where the command has ended, by itself or told to, and where the parent has.
 #[test]
 fn a_script_that_hangs_in_a_handshake_holds_up_neither_command_nor_parent() {

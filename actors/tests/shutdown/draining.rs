@@ -413,6 +413,30 @@ fn a_second_signal_ends_the_wait_for_a_stuck_device() {
     });
 }
 
+/// B15, after the command's end: its holder is who hears signals.
+#[test]
+fn a_second_signal_is_heard_although_the_command_has_ended() {
+    everywhere(|place| {
+        let (disk, gate) = gated(Op::Read);
+        let (orders, _orders) = async_channel::bounded(8);
+        let (holder, events) = async_channel::bounded(8);
+        let rig = Rig::start_with(place, &disk, |server| server.captor(Captor { orders, events }));
+        let mut client = rig.client();
+        client.request(NBD_CMD_READ, 1, 512);
+        disk.wait_until_begun(Op::Read);
+        holder.try_send(CommandEvent::Ended(CommandEnd::Exited(0))).expect("there is room");
+        rig.wait_until_draining();
+        for event in [CommandEvent::Signal(SIGTERM), CommandEvent::SignalAgain(SIGTERM)] {
+            holder.try_send(event).expect("somebody hears it");
+        }
+        let outcome = rig.outcome();
+        assert_eq!(outcome.exit_status(), 1, "the command's success is not that of who was cut off");
+        assert_eq!(outcome.cause, Cause::CommandEnded(CommandEnd::Exited(0)));
+        client.expect_end();
+        gate.open();
+    });
+}
+
 /// F8: "close of every open handle, then unload"
 #[test]
 fn every_open_device_is_closed_and_then_all_is_unloaded() {
