@@ -33,6 +33,7 @@ use nix::fcntl::OFlag;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, killpg, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -289,7 +290,7 @@ pub fn spawn(program: Program<'_>, streams: &Streams) -> io::Result<Pid> {
 /// When a program is run, and so how it is given up: while the server starts nobody else hears signals.
 #[derive(Debug, Clone, Copy)]
 pub enum Phase<'a> {
-    /// A signal that asks for the end ends this process at once.
+    /// A signal that asks for the end ends this process at once, and so does its parent's end, if it is to live as long.
     Starting,
     /// The Coordinator decides. For a client in the handshake it recalls the program, which is then told to end (SIGTERM), with
     /// all that it has started; and killed when it is given up. Any other has as long as it likes, until [`end`] is called.
@@ -468,7 +469,7 @@ impl Wanted {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         let recalls = self.recalls.as_ref().map(Recalls::as_fd);
-        self.signals.as_ref().map(|signals| signals.0.as_fd()).or(recalls)
+        self.signals.as_ref().map(Signals::as_fd).or(recalls)
     }
 
     /// Obeys a signal; tells the program `pid`, which was not waited for, and what descends from it that it is to end. What it has
@@ -537,12 +538,26 @@ impl AsFd for Recalls {
     }
 }
 
-/// Signals that ask for the end, where nobody else hears them.
-struct Signals(SignalFd);
+/// What asks for the end while the server starts, where nobody else hears it: signals, and the end of the parent that the server is
+/// to live as long as.
+struct Signals {
+    signals: SignalFd,
+    /// Readable when there may be something to obey.
+    all: Epoll,
+}
+
+/// See [`give_up_with`].
+static PARENT: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Has a start be given up when `parent`, which is readable then, has ended. To be called before anything is started.
+pub fn give_up_with(parent: OwnedFd) {
+    // There is one parent.
+    let _ = PARENT.set(parent);
+}
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.all.0.as_fd()
     }
 }
 
@@ -555,12 +570,23 @@ impl Signals {
         if !hangup_is_ignored() {
             set.add(Signal::SIGHUP);
         }
-        Ok(Some(Signals(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)))
+        let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        let all = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        for descriptor in [Some(signals.as_fd()), PARENT.get().map(AsFd::as_fd)].into_iter().flatten() {
+            all.add(descriptor, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+        }
+        Ok(Some(Signals { signals, all }))
     }
 
-    /// Lets the signal do what it does by default, after all that was started.
+    /// Lets the signal do what it does by default, after all that was started; or just ends, with the parent.
     fn obey(&self) {
-        let Ok(Some(info)) = self.0.read_signal() else { return };
+        if let Some(parent) = PARENT.get()
+            && poll(&mut [PollFd::new(parent.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(1)
+        {
+            end();
+            std::process::exit(0);
+        }
+        let Ok(Some(info)) = self.signals.read_signal() else { return };
         let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { return };
         end();
         let _ = nix::sys::signal::kill(Pid::this(), signal);

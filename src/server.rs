@@ -152,6 +152,9 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
             (parent, Some(Captivity { link }), private, None, Activation::default(), false)
         }
     };
+    if let Parent::Watched(parent) = &parent {
+        kept::give_up_with(parent.try_clone().map_err(|error| system(format!("--exit-with-parent: {error}")))?);
+    }
     // Before anything else can write to what is the client's.
     let client = match options.single {
         true => Some(take_stdio().map_err(&system)?),

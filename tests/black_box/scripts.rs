@@ -642,6 +642,38 @@ fn a_signal_ends_a_server_whose_script_hangs_at_the_start() {
     }
 }
 
+/// C1, C13: "by whatever means", also before the server serves.
+#[test]
+fn a_parent_s_end_ends_a_server_whose_script_hangs_at_the_start() {
+    if nbdkit_differs("it leaves the script and its directory") {
+        return;
+    }
+    for method in ["config_complete", "get_ready", "after_fork"] {
+        for command in [&[][..], &["--run", "touch ran"]] {
+            let room = Room::new();
+            let mut hanging = room.fifo("hanging");
+            let script = format!("{method}=exec >&- 2>&-; echo hanging > hanging; sleep 1000; :");
+            let mut parent = room.tool("sh", ["-c", "\"$@\" & wait", "sh"]);
+            parent.args([server_path()]).args([
+                "--exit-with-parent",
+                "-U",
+                "socket",
+                "-P",
+                "pid",
+                "eval",
+                "get_size=echo 1M",
+            ]);
+            let parent = parent.args([script]).args(command).start();
+            assert_eq!(hanging.hear(), "hanging");
+            parent.signal(Signal::SIGKILL);
+            room.wait_until_nothing_left();
+            parent.finish().expect_signal(Signal::SIGKILL);
+            assert!(!room.path("ran").exists(), "the command is never started");
+            assert!(!room.path("socket").exists() && !room.path("pid").exists(), "{method}");
+        }
+    }
+}
+
 #[test]
 fn scripts_hold_no_descriptor_of_clients() {
     let room = Room::new();
