@@ -85,15 +85,46 @@ pub(crate) struct Gates {
 /// rest is for devices that are opened and closed, so that a device which hangs does not keep new clients out.
 const PLACES: usize = 400;
 
-/// Places on threads, first come, first served.
+/// How many of them are for clients that have no request on a thread yet, so that devices which hang for some clients, who have
+/// as many threads as they may, do not keep out the others.
+const FIRST: usize = 100;
+
+/// Places on threads.
 struct Places {
+    /// For any request.
+    any: Line,
+    /// For a client's first.
+    first: Line,
+}
+
+impl Places {
+    fn new() -> Places {
+        Places { any: Line::new(PLACES - FIRST), first: Line::new(FIRST) }
+    }
+
+    /// A place for a client that has `running` already, if one is free and nobody waits for it.
+    fn try_take(&self, running: usize) -> Option<Place> {
+        self.any.try_take().or_else(|| if running == 0 { self.first.try_take() } else { None })
+    }
+
+    async fn take(&self, running: usize) -> Place {
+        let first = async { if running == 0 { self.first.take().await } else { pending().await } };
+        or(self.any.take(), first).await
+    }
+}
+
+/// Some of the places: first come, first served.
+struct Line {
     free: Arc<Semaphore>,
     /// How many wait for one.
     queue: AtomicUsize,
 }
 
-impl Places {
-    /// A place, if one is free and nobody waits for it.
+impl Line {
+    fn new(places: usize) -> Line {
+        Line { free: Arc::new(Semaphore::new(places)), queue: AtomicUsize::new(0) }
+    }
+
     fn try_take(&self) -> Option<Place> {
         if self.queue.load(Ordering::Relaxed) > 0 { None } else { self.free.try_acquire_arc() }
     }
@@ -122,8 +153,7 @@ struct Placed {
 
 impl Gates {
     pub(crate) fn new(model: ThreadModel, world: World) -> Gates {
-        let places = Places { free: Arc::new(Semaphore::new(PLACES)), queue: AtomicUsize::new(0) };
-        Gates { model, one: Arc::default(), places: Arc::new(places), world }
+        Gates { model, one: Arc::default(), places: Arc::new(Places::new()), world }
     }
 
     /// Waits for the only place there is, where clients are served one after another.
@@ -175,9 +205,9 @@ impl Gates {
         }
     }
 
-    /// What a request needs to go to a thread, if nothing has to be waited for.
-    fn try_place(&self) -> Option<Placed> {
-        Some(Placed { _alone: self.try_alone().ok()?, _place: self.places.try_take()? })
+    /// What a request of a client needs that has `running` on threads, to go there too, if nothing has to be waited for.
+    fn try_place(&self, running: usize) -> Option<Placed> {
+        Some(Placed { _alone: self.try_alone().ok()?, _place: self.places.try_take(running)? })
     }
 
     /// Several connections may be open at once.
@@ -431,7 +461,7 @@ impl Backend {
                 }
                 // In this order, because who waits to be alone needs no thread for it.
                 let alone = self.gates.alone().await;
-                Event::Placed(Placed { _place: self.gates.places.take().await, _alone: alone })
+                Event::Placed(Placed { _place: self.gates.places.take(self.running).await, _alone: alone })
             };
             let finished = or(finished, placed);
             let event = if open {
@@ -542,7 +572,7 @@ impl Backend {
     /// Puts waiting requests on threads, as many as may be; the first as `placed`, if that is there.
     fn start_waiting(&mut self, mut placed: Option<Placed>) {
         while self.running < self.threads && !self.waiting.is_empty() {
-            let Some(placed) = placed.take().or_else(|| self.gates.try_place()) else { return };
+            let Some(placed) = placed.take().or_else(|| self.gates.try_place(self.running)) else { return };
             let Some(mut work) = self.waiting.pop_front() else { return };
             self.running += 1;
             let device = Arc::clone(&self.device);
