@@ -23,6 +23,7 @@ pub mod ip;
 pub(crate) mod kit;
 pub mod limit;
 pub mod log;
+pub mod lzip;
 pub mod multi_conn;
 pub(crate) mod next;
 pub mod nocache;
@@ -50,6 +51,7 @@ pub mod time_limit;
 pub mod tls_fallback;
 pub mod truncate;
 pub(crate) mod unpacked;
+pub(crate) mod unpacked_blocks;
 pub mod xz;
 
 /// A filter by name.
@@ -83,6 +85,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &ip::ABOUT, new: || Box::<ip::Ip>::default() },
     Entry { about: &limit::ABOUT, new: || Box::<limit::Limit>::default() },
     Entry { about: &log::ABOUT, new: || Box::<log::LogFilter>::default() },
+    Entry { about: &lzip::ABOUT, new: || Box::<lzip::Filter>::default() },
     Entry { about: &multi_conn::ABOUT, new: || Box::<multi_conn::MultiConn>::default() },
     Entry { about: &nocache::ABOUT, new: || Box::<nocache::NoCache>::default() },
     Entry { about: &noextents::ABOUT, new: || Box::new(noextents::NoExtents) },
@@ -108,7 +111,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &time_limit::ABOUT, new: || Box::<time_limit::TimeLimit>::default() },
     Entry { about: &tls_fallback::ABOUT, new: || Box::<tls_fallback::TlsFallback>::default() },
     Entry { about: &truncate::ABOUT, new: || Box::<truncate::Truncate>::default() },
-    Entry { about: &xz::ABOUT, new: || Box::<xz::Xz>::default() },
+    Entry { about: &xz::ABOUT, new: || Box::<xz::Filter>::default() },
 ];
 
 /// The filter of that name.

@@ -1,26 +1,17 @@
-//! `xz`: unpacks the next device while it is read, block by block, read-only.
+//! `xz`: unpacks the next device while it is read, block by block, read-only (see `unpacked_blocks.rs`).
 //!
-//! The indexes at the end of the file's streams tell where its blocks are. A block that is read is unpacked as a whole and
-//! kept, `xz-max-depth` of them for each client; so a client costs so many times the largest block at most, and files with
-//! many small blocks are the quickest (`xz --block-size`). Each block is given to the decoder as a stream of its own, made
-//! up round it, so that its check is verified.
+//! The indexes at the end of the file's streams tell where its blocks are. Files with many small blocks are the quickest
+//! (`xz --block-size`). Each block is given to the decoder as a stream of its own, made up round it, so that its check is
+//! verified.
 //! Source: nbdkit filters/xz/xz.c, xzfile.c, nbdkit-xz-filter.pod; The .xz File Format 1.2.1.
 
-use std::io::{BufReader, Cursor, Read};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io::{BufRead, Cursor, Read};
 
 use lzma_rust2::XzReader;
-use nbdcaptive_actors::device::{
-    Call, Capabilities, Client, Device, Error, ErrorCode, Exports, Result, Segments, ThreadModel,
-};
-use nbdcaptive_actors::filter::{self, FilterExports, Filtered, FilteredExports, Next};
+use nbdcaptive_actors::device::{Error, Result, ThreadModel};
 
-use super::kit::unknown;
-use super::next::{Stream, look_at_start};
-use super::unpacked;
-use crate::layer::{About, ConfigError, Filter, Lifetime, Parameter, Value};
-use crate::overlay::Sink;
-use crate::values;
+use super::unpacked_blocks::{self, Format, INPUT, Unpack};
+use crate::layer::{About, Parameter};
 
 /// See the module.
 pub static ABOUT: About = About {
@@ -61,105 +52,44 @@ const FOOTER_MAGIC: [u8; 2] = *b"YZ";
 const ENDS: u64 = 12;
 /// The longest indexes that are read, of all streams together, in bytes: those of some ten million blocks.
 const LONGEST_INDEX: u64 = 64 << 20;
-/// What is read of the next device at once, in bytes.
-const INPUT: usize = 1 << 20;
 /// The dictionary of `xz -9` in KiB, which also files with small blocks ask for, and what the decoder needs besides.
 const LEAST_MEMORY: u64 = 65 << 10;
 
 /// The filter.
-#[derive(Clone, Copy, Debug)]
-pub struct Xz {
-    max_block: u64,
-    max_depth: usize,
+pub type Filter = Unpack<Xz>;
+
+/// The format.
+#[derive(Debug)]
+pub struct Xz;
+
+type Block = unpacked_blocks::Block<Kind>;
+
+/// What unpacks a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// How long it is in the file without the padding behind it, in bytes.
+    unpadded: u64,
+    /// The stream flags, which tell its check.
+    flags: [u8; 2],
 }
 
-impl Default for Xz {
-    fn default() -> Xz {
-        Xz { max_block: 512 << 20, max_depth: 8 }
-    }
-}
+impl Format for Xz {
+    const NAME: &'static str = ABOUT.name;
+    type Kind = Kind;
 
-impl Filter for Xz {
-    fn config(&mut self, key: &str, value: Value<'_>) -> std::result::Result<(), ConfigError> {
-        let text = value.text(key)?;
-        match key {
-            "xz-max-block" => self.max_block = values::size(text).map_err(ConfigError)?,
-            "xz-max-depth" => match values::unsigned(key, text).map_err(ConfigError)? {
-                0 => return Err(ConfigError("'xz-max-depth' parameter must be >= 1".to_owned())),
-                depth => self.max_depth = depth as usize,
-            },
-            _ => return Err(unknown(key)),
-        }
-        Ok(())
+    fn blocks(size: u64, read: impl Fn(&mut [u8], u64) -> Result<()>) -> Result<Vec<Block>> {
+        parse(size, read)
     }
 
-    fn ready(
-        self: Box<Self>,
-        next: Arc<dyn Exports>,
-        lifetime: &mut Lifetime,
-    ) -> std::result::Result<Arc<dyn Exports>, ConfigError> {
-        let settings = *self;
-        look_at_start(&next, lifetime, move |next, _| settings.blocks(next).map(drop));
-        Ok(Arc::new(FilteredExports(Files { next, settings })))
-    }
-}
-
-impl Xz {
-    /// The blocks of a file. Errors: it is damaged, or the largest of them is larger than wanted.
-    fn blocks(&self, next: &Next) -> Result<Vec<Block>> {
-        let blocks = parse(next.bytes(), |buffer, at| next.read(buffer, at, &Call::BLOCKING))?;
-        let largest = blocks.iter().map(|block| block.length).max().unwrap_or(0);
-        let limit = self.max_block;
-        if largest > limit {
-            return Err(failed(format!(
-                "xz file largest block is bigger than xz-max-block: {largest} bytes, and xz-max-block is {limit}; \
-                 either recompress the xz file with smaller blocks or make xz-max-block bigger"
-            )));
-        }
-        Ok(blocks)
-    }
-}
-
-struct Files {
-    next: Arc<dyn Exports>,
-    settings: Xz,
-}
-
-impl FilterExports for Files {
-    const THREAD_MODEL: ThreadModel = ThreadModel::SerializeRequests;
-
-    fn next(&self) -> &dyn Exports {
-        &*self.next
-    }
-
-    fn open(&self, client: &Client) -> Result<Box<dyn Device>> {
-        let next = Next::open(&*self.next, &Client { read_only: true, ..client.clone() })?;
-        let (next, blocks) = next.look(|next| self.settings.blocks(next))?;
-        Ok(Box::new(Filtered(File { next, blocks, settings: self.settings, unpacked: Mutex::default() })))
-    }
-
-    fn description(&self, client: &Client) -> Option<String> {
-        let base = self.next.description(client)?;
-        Some(format!("expansion of xz-compressed image: {base}"))
+    fn decoder<R: BufRead>(block: &Block, packed: R, max_block: u64) -> impl Read {
+        let memory = u32::try_from((max_block / 1024).saturating_add(1024).max(LEAST_MEMORY));
+        let stream = Cursor::new(header(block.kind)).chain(packed).chain(Cursor::new(footer(block)));
+        XzReader::new_mem_limit(stream, false, memory.unwrap_or(u32::MAX))
     }
 }
 
 fn failed(why: impl std::fmt::Display) -> Error {
-    Error::failed(ErrorCode::Io, format!("xz: {why}"))
-}
-
-/// A block of the file. All in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Block {
-    /// Where it starts in the file.
-    at: u64,
-    /// How long it is there, without the padding behind it.
-    unpadded: u64,
-    /// Where its data starts, and how long it is.
-    start: u64,
-    length: u64,
-    /// The stream flags, which tell its check.
-    flags: [u8; 2],
+    unpacked_blocks::failed::<Xz>(why)
 }
 
 fn padded(length: u64) -> Option<u64> {
@@ -228,13 +158,13 @@ fn parse(size: u64, read: impl Fn(&mut [u8], u64) -> Result<()>) -> Result<Vec<B
     let mut from = 0u64;
     for (mut at, flags, records) in streams.into_iter().rev() {
         for (unpadded, length) in records {
-            if length > 0 {
-                blocks.push(Block { at, unpadded, start: from, length, flags });
-            }
             // All of them lie in the file, as was found above.
-            at += padded(unpadded).unwrap_or(unpadded);
-            let end = from.checked_add(length).filter(|end| *end <= i64::MAX as u64);
-            from = end.ok_or_else(|| failed("the uncompressed data is larger than 2^63-1"))?;
+            let end = at + padded(unpadded).unwrap_or(unpadded);
+            if length > 0 {
+                blocks.push(Block { packed: at..end, start: from, length, kind: Kind { unpadded, flags } });
+            }
+            at = end;
+            from = unpacked_blocks::end::<Xz>(from, length)?;
         }
     }
     Ok(blocks)
@@ -278,149 +208,36 @@ fn put_number(bytes: &mut Vec<u8>, mut number: u64) {
     bytes.push(number as u8);
 }
 
-impl Block {
-    /// What goes before the block in a stream that has only this one.
-    fn header(&self) -> Vec<u8> {
-        let crc = crc32fast::hash(&self.flags).to_le_bytes();
-        [&HEADER_MAGIC[..], &self.flags, &crc].concat()
-    }
-
-    /// And what comes behind it: an index with one record, and a footer.
-    fn footer(&self) -> Vec<u8> {
-        let mut bytes = vec![0, 1];
-        put_number(&mut bytes, self.unpadded);
-        put_number(&mut bytes, self.length);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-        let mut footer = (bytes.len() as u32 / 4 - 1).to_le_bytes().to_vec();
-        footer.extend(self.flags);
-        bytes.extend(crc32fast::hash(&footer).to_le_bytes());
-        bytes.extend(footer);
-        bytes.extend(FOOTER_MAGIC);
-        bytes
-    }
+/// What goes before a block in a stream that has only this one.
+fn header(kind: Kind) -> Vec<u8> {
+    let crc = crc32fast::hash(&kind.flags).to_le_bytes();
+    [&HEADER_MAGIC[..], &kind.flags, &crc].concat()
 }
 
-/// One client's device.
-struct File {
-    next: Next,
-    /// In order.
-    blocks: Vec<Block>,
-    settings: Xz,
-    /// With the start of their data, the one that was used last at the end.
-    unpacked: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
-}
-
-impl File {
-    /// The data of a block. One request at a time is made, so no two unpack the same.
-    fn data(&self, block: &Block) -> Result<Arc<Vec<u8>>> {
-        {
-            let mut unpacked = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(index) = unpacked.iter().position(|(start, _)| *start == block.start) {
-                let found = unpacked.remove(index);
-                unpacked.push(found.clone());
-                return Ok(found.1);
-            }
-            if unpacked.len() >= self.settings.max_depth {
-                // Before the next one, so that there are never more.
-                unpacked.remove(0);
-            }
-        }
-        let data = Arc::new(self.unpack(block)?);
-        let mut unpacked = self.unpacked.lock().unwrap_or_else(PoisonError::into_inner);
-        unpacked.push((block.start, Arc::clone(&data)));
-        Ok(data)
-    }
-
-    fn unpack(&self, block: &Block) -> Result<Vec<u8>> {
-        let why = |what: &dyn std::fmt::Display| failed(format!("block at {}: {what}", block.at));
-        // At most xz-max-block.
-        let length = block.length as usize;
-        let mut data = Vec::new();
-        data.try_reserve_exact(length).map_err(|error| {
-            let why = format!("xz: {length} bytes: {error}; recompress the file with a smaller block size");
-            Error::failed(ErrorCode::NoMemory, why)
-        })?;
-        let end = padded(block.unpadded).and_then(|length| block.at.checked_add(length));
-        let mut input = Stream::new(&self.next, block.at..end.ok_or_else(|| why(&"invalid size"))?);
-        let memory = u32::try_from((self.settings.max_block / 1024).saturating_add(1024).max(LEAST_MEMORY));
-        let mut result = {
-            let packed = BufReader::with_capacity(INPUT, &mut input);
-            let stream = Cursor::new(block.header()).chain(packed).chain(Cursor::new(block.footer()));
-            let mut decoder = XzReader::new_mem_limit(stream, false, memory.unwrap_or(u32::MAX));
-            // One byte more than there should be, which also has the check verified.
-            decoder.by_ref().take(block.length + 1).read_to_end(&mut data)
-        };
-        if matches!(result, Ok(got) if got != length) {
-            result = Err(std::io::Error::other("it is not as long as the index says"));
-        }
-        match result {
-            Ok(_) => Ok(data),
-            Err(error) => Err(input.error(&format!("xz: block at {}", block.at), error)),
-        }
-    }
-
-    fn read_into(&self, mut sink: Sink<'_>, length: usize, offset: u64) -> Result<()> {
-        let end = offset + length as u64;
-        let mut at = offset;
-        while at < end {
-            let after = self.blocks.partition_point(|block| block.start <= at);
-            let block = after.checked_sub(1).and_then(|index| self.blocks.get(index));
-            let block = block.ok_or_else(|| failed(format!("cannot find offset {at} in the xz file")))?;
-            let data = self.data(block)?;
-            let part = (at - block.start) as usize..(end.min(block.start + block.length) - block.start) as usize;
-            at += part.len() as u64;
-            match &mut sink {
-                Sink::Buffer(_) => sink.space(part.len()).copy_from_slice(&data[part]),
-                Sink::Reply(reply) => reply.shared(data, part),
-            }
-        }
-        Ok(())
-    }
-}
-
-impl filter::Filter for File {
-    fn next(&self) -> &dyn Device {
-        &self.next
-    }
-
-    fn size(&self) -> Result<u64> {
-        Ok(self.blocks.last().map_or(0, |block| block.start + block.length))
-    }
-
-    fn capabilities(&self) -> Result<Capabilities> {
-        Ok(unpacked::capabilities(self.next.capabilities()?))
-    }
-
-    fn answers_at_once(&self) -> bool {
-        false
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64, _call: &Call) -> Result<()> {
-        let length = buffer.len();
-        self.read_into(Sink::Buffer(buffer), length, offset)
-    }
-
-    fn read_segments(&self, reply: &mut Segments, length: usize, offset: u64, _call: &Call) -> Result<()> {
-        self.read_into(Sink::Reply(reply), length, offset)
-    }
+/// And what comes behind it: an index with one record, and a footer.
+fn footer(block: &Block) -> Vec<u8> {
+    let mut bytes = vec![0, 1];
+    put_number(&mut bytes, block.kind.unpadded);
+    put_number(&mut bytes, block.length);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+    let mut footer = (bytes.len() as u32 / 4 - 1).to_le_bytes().to_vec();
+    footer.extend(block.kind.flags);
+    bytes.extend(crc32fast::hash(&footer).to_le_bytes());
+    bytes.extend(footer);
+    bytes.extend(FOOTER_MAGIC);
+    bytes
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::unpacked_blocks::testing::{blocks_of, damage_every_bit};
     use super::*;
-
-    fn from(bytes: &[u8]) -> impl Fn(&mut [u8], u64) -> Result<()> + '_ {
-        |buffer, at| {
-            buffer.copy_from_slice(&bytes[at as usize..][..buffer.len()]);
-            Ok(())
-        }
-    }
 
     /// A stream of one block that is not looked into.
     fn stream(unpadded: u64, length: u64) -> Vec<u8> {
-        let block = Block { at: 0, unpadded, start: 0, length, flags: [0, 4] };
-        [block.header(), vec![0xff; padded(unpadded).unwrap() as usize], block.footer()].concat()
+        let block = Block { packed: 0..0, start: 0, length, kind: Kind { unpadded, flags: [0, 4] } };
+        [header(block.kind), vec![0xff; padded(unpadded).unwrap() as usize], footer(&block)].concat()
     }
 
     #[test]
@@ -428,14 +245,13 @@ mod tests {
         let one = stream(17, 1000);
         let other = stream(200, 300);
         let file = [&one[..], &[0; 8], &other[..], &[0; 4]].concat();
-        let blocks = parse(file.len() as u64, from(&file)).unwrap();
         let second = one.len() as u64 + 8 + ENDS;
         let flags = [0, 4];
         assert_eq!(
-            blocks,
+            blocks_of::<Xz>(&file).unwrap(),
             [
-                Block { at: 12, unpadded: 17, start: 0, length: 1000, flags },
-                Block { at: second, unpadded: 200, start: 1000, length: 300, flags },
+                Block { packed: 12..32, start: 0, length: 1000, kind: Kind { unpadded: 17, flags } },
+                Block { packed: second..second + 200, start: 1000, length: 300, kind: Kind { unpadded: 200, flags } },
             ]
         );
     }
@@ -443,15 +259,9 @@ mod tests {
     #[test]
     fn no_damage_is_worse_than_an_error() {
         let file = [stream(17, 1000), stream(200, 300)].concat();
-        for at in 0..file.len() {
-            for bit in 0..8 {
-                let mut damaged = file.clone();
-                damaged[at] ^= 1 << bit;
-                let _ = parse(damaged.len() as u64, from(&damaged));
-            }
-        }
+        damage_every_bit::<Xz>(&file);
         for length in 0..file.len() {
-            assert!(parse(length as u64, from(&file[..length])).is_err() || length == stream(17, 1000).len());
+            assert!(blocks_of::<Xz>(&file[..length]).is_err() || length == stream(17, 1000).len());
         }
     }
 

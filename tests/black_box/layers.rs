@@ -25,6 +25,9 @@ mod stored;
 /// What drives both servers.
 const OPERATIONS_PROGRAM: &str = include_str!("layers/operations.py");
 
+/// What packs as lzip(1) does.
+pub const LZIP_PROGRAM: &str = include_str!("layers/lzip.py");
+
 /// What this server answers, line for line. The room may hold files that the arguments name.
 #[track_caller]
 pub fn answers_in<A: AsRef<OsStr>>(room: &Room, arguments: &[A], operations: &[&str]) -> String {

@@ -12,6 +12,7 @@ use nbdcaptive::{filters, plugins};
 use nbdcaptive_actors::device::ThreadModel;
 
 use super::harness::{Room, nbdkit_differs, server_path};
+use super::layers::LZIP_PROGRAM;
 
 /// The pages as files of the room, by the program's own word.
 fn pages(room: &Room) -> Vec<PathBuf> {
@@ -136,10 +137,12 @@ fn every_example_of_a_plugin_or_filter_works() {
     fs::create_dir(room.path("bin")).expect("the room is empty");
     std::os::unix::fs::symlink(server_path(), room.path("bin/nbdcaptive")).expect("there is no such file yet");
     let path = format!("{}:/usr/bin:/usr/sbin:/bin:/sbin", room.path("bin").display());
+    room.write("lzip.py", LZIP_PROGRAM);
     let files = "mkdir images
         truncate -s 1M disk.img && printf hello | dd of=disk.img conv=notrunc bs=4096 seek=3
         cp disk.img new.img && cp disk.img images/one.img && cp disk.img images/two.img
         gzip -k disk.img && bzip2 -k disk.img && xz -k disk.img && tar -cf data.tar disk.img
+        /usr/bin/python3 lzip.py 0 < disk.img > disk.img.lz
         printf '0x0 + 1\\n0x0 0x80000 +\\n0x80000 0x80000 -\\n' > disk.map";
     let mut ran = 0;
     for page in pages(&room) {

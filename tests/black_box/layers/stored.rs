@@ -1,5 +1,5 @@
-//! Filters that keep data in temporary files, or that unpack it: `cow`, `cache`, `gzip`, `xz`, `tar`; and those that look
-//! after the plugin: `readahead`, `scan`, `ddrescue`, `retry`, `retry-request`.
+//! Filters that keep data in temporary files, or that unpack it: `cow`, `cache`, `gzip`, `lzip`, `xz`, `tar`; and those that
+//! look after the plugin: `readahead`, `scan`, `ddrescue`, `retry`, `retry-request`.
 
 use std::fs;
 
@@ -110,6 +110,8 @@ fn bad_parameters_are_refused() {
         ("cache", "cache-high-threshold=0"),
         ("cache", "cache-low-threshold=0"),
         ("cache", "cache-low-threshold=x"),
+        ("lzip", "lzip-max-depth=0"),
+        ("lzip", "lzip-max-block=1X"),
         ("xz", "xz-max-depth=0"),
         ("xz", "xz-max-block=1X"),
         ("scan", "scan-size=1000"),
@@ -127,7 +129,7 @@ fn bad_parameters_are_refused() {
             "cow-block-size=1000" | "cow-block-size=6000" | "cache-min-block-size=512" | "xz-max-block=1X" => {
                 drop(refusal(&arguments))
             }
-            _ if filter == "scan" => drop(refusal(&arguments)),
+            _ if ["lzip", "scan"].contains(&filter) => drop(refusal(&arguments)),
             _ => drop(same_refusal(&arguments)),
         }
     }
@@ -322,6 +324,94 @@ fn xz_that_is_damaged_or_too_large_is_refused() {
     let arguments = ["--filter=xz", "file", "disk.xz"];
     let output = room.captive(arguments, "nbdcopy \"$uri\" copy; exit 0").run_to(0);
     assert!(output.stderr.contains("xz: block at 12: "), "{output:#?}");
+}
+
+/// Packs `from` in the room as plzip(1) does, with a member for each `size` bytes, or one for all.
+#[track_caller]
+fn lzip(room: &Room, size: usize, from: &str) {
+    room.write("lzip.py", LZIP_PROGRAM);
+    shell(room, &format!("/usr/bin/python3 lzip.py {size} < {from} >> disk.lz"));
+}
+
+#[test]
+fn lzip_is_unpacked_member_by_member() {
+    let operations = [
+        "info",
+        "read 1048676 0",
+        "read 100 1048576",
+        "read 3 262143",
+        "read 70000 65530",
+        "read 64 299990",
+        "cache 1000 0",
+        "read 2 1048675",
+    ];
+    // What it is packed as makes no difference; Debian's nbdkit has xz alone.
+    let xz = |room: &Room| {
+        disk(room);
+        shell(room, "xz -k disk");
+    };
+    let expected = same_in(xz, &["--filter=xz", "file", "disk.xz"], &operations);
+    assert!(expected.starts_with("info: 1048676 "), "{expected}");
+    for (size, parameter) in [
+        (0, "lzip-max-depth=1"),
+        (65536, "lzip-max-depth=8"),
+        (4096, "lzip-max-depth=2"),
+        (0, "lzip-max-block=1048676"),
+    ] {
+        let room = Room::new();
+        disk(&room);
+        lzip(&room, size, "disk");
+        // That it is lzip's format, not only our own.
+        shell(&room, "xz --format=lzip -dc disk.lz | cmp - disk");
+        assert_eq!(answers_in(&room, &["--filter=lzip", "file", "disk.lz", parameter], &operations), expected);
+        room.assert_nothing_left();
+    }
+    // Members of any size, one of them without data.
+    let room = Room::new();
+    disk(&room);
+    shell(&room, "head -c 300000 disk > one; tail -c +300001 disk > two");
+    lzip(&room, 0, "one");
+    lzip(&room, 0, "/dev/null");
+    lzip(&room, 100_000, "two");
+    assert_eq!(answers_in(&room, &["--filter=lzip", "file", "disk.lz"], &operations), expected);
+}
+
+#[test]
+fn lzip_that_is_damaged_or_too_large_is_refused() {
+    let check = |change: &str, parameter: &str, why: &str| {
+        let room = Room::new();
+        disk(&room);
+        lzip(&room, 0, "disk");
+        shell(&room, change);
+        let line = refusal_in(&room, &["--filter=lzip", "file", "disk.lz", parameter]);
+        assert!(line.contains(why), "{line}");
+    };
+    check(
+        "true",
+        "lzip-max-block=1M",
+        "largest block is bigger than lzip-max-block: 1048676 bytes, and lzip-max-block is 1048576",
+    );
+    check("cp disk disk.lz", "lzip-max-depth=1", "lzip: not an lzip file");
+    check("truncate -s -4 disk.lz", "lzip-max-depth=1", "lzip: no member ends at ");
+    check("truncate -s +512 disk.lz", "lzip-max-depth=1", "behind its last member");
+    check("truncate -s 25 disk.lz", "lzip-max-depth=1", "lzip: file too short");
+    // In the data, its checksum, its length or the member's: this is found when it is read.
+    for (change, why) in [
+        ("printf x | dd of=disk.lz bs=1 seek=400000 conv=notrunc", ""),
+        ("printf xxxx | dd of=disk.lz bs=1 seek=$(($(stat -c %s disk.lz) - 20)) conv=notrunc", "CRC"),
+        (
+            "printf '\\0' | dd of=disk.lz bs=1 seek=$(($(stat -c %s disk.lz) - 16)) conv=notrunc",
+            "not as long as the index",
+        ),
+        ("printf '\\377' | dd of=disk.lz bs=1 seek=$(($(stat -c %s disk.lz) - 16)) conv=notrunc", "size mismatch"),
+    ] {
+        let room = Room::new();
+        disk(&room);
+        lzip(&room, 0, "disk");
+        shell(&room, change);
+        let output = room.captive(["--filter=lzip", "file", "disk.lz"], "nbdcopy \"$uri\" copy; exit 0").run_to(0);
+        assert!(output.stderr.contains("lzip: block at 0: ") && output.stderr.contains(why), "{change}: {output:#?}");
+    }
 }
 
 #[test]
