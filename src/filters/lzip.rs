@@ -18,8 +18,8 @@ pub static ABOUT: About = About {
     summary: "unpack an lzip file, read-only
 
         Nothing is unpacked before it is read, and no temporary file is made. But a member is always unpacked as a
-        whole: a file should have many small ones, as `plzip --data-size=16MiB` makes them. lzip(1) makes one for
-        all of its input, so that is what a block has to be large enough for.
+        whole: a file should have many small ones, as `plzip --data-size=16MiB` makes them. lzip(1) makes a single
+        one of all of its input, for which `lzip-max-block` must be large enough.
 
         # Examples
 

@@ -5,6 +5,7 @@ use crate::layer::{About, Plugin};
 pub mod data;
 pub mod eval;
 pub mod example1;
+pub mod example2;
 pub mod file;
 pub mod full;
 pub mod info;
@@ -38,6 +39,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &data::ABOUT, new: || Box::<data::Data>::default() },
     Entry { about: &eval::ABOUT, new: || Box::<eval::Eval>::default() },
     Entry { about: &example1::ABOUT, new: || Box::new(example1::Example1) },
+    Entry { about: &example2::ABOUT, new: || Box::<example2::Example2>::default() },
     Entry { about: &file::ABOUT, new: || Box::<file::File>::default() },
     Entry { about: &full::ABOUT, new: || Box::<full::Full>::default() },
     Entry { about: &info::ABOUT, new: || Box::<info::Info>::default() },

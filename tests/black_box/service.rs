@@ -614,6 +614,12 @@ mod debug_flags {
                 "extentlist lookup: loop i=0 ",
             ),
             ("file.zero=1", &["file", "disk"], zero, "/disk: zero succeeded using fallocate"),
+            (
+                "example2.extra=1",
+                &["example2", "file=disk"],
+                read,
+                "debug: extra debugging: statbuf.st_size = 1048576\n",
+            ),
         ] {
             let said = |more: &[&str]| room.captive([arguments, more].concat(), command).run_to(0).stderr;
             assert!(said(&["-v", "-D", flag]).contains(says), "{flag}: {}", said(&["-v", "-D", flag]));

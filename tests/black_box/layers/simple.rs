@@ -1,4 +1,5 @@
-//! Plugins whose data follows from a few numbers: `zero`, `ones`, `pattern`, `random`, `full`, `sparse-random`, `info`.
+//! Plugins whose data follows from a few numbers: `zero`, `ones`, `pattern`, `random`, `full`, `sparse-random`, `info`,
+//! and the examples.
 
 use super::*;
 
@@ -280,4 +281,35 @@ fn example1_has_a_partition() {
          flush: EINVAL\nexport x: done\ninfo: 104857600 df read_only extents=True\n"
     );
     refusal(&["example1", "size=1"]);
+}
+
+/// Not in Debian: as 1.45's example2.c has it.
+#[test]
+fn example2_serves_a_file_and_no_more() {
+    let room = Room::new();
+    room.write("disk", [&[0; 4096][..], b"data"].concat());
+    let operations = &[
+        "info",
+        "list",
+        "read 6 4094",
+        "read 2 4099",
+        "extents 4100 0",
+        "write 00 0",
+        "cache 4 0",
+        "flush",
+        "export x",
+        "info",
+    ];
+    assert_eq!(
+        answers_in(&room, &["example2", "file=disk"], operations),
+        "info: 4100 df read_only extents=True\nlist: [('', '')]\nread 6 4094: 000064617461\nread 2 4099: EINVAL\n\
+         extents 4100 0: 4100:0\nwrite 00 0: EPERM\ncache 4 0: EINVAL\nflush: EINVAL\nexport x: done\n\
+         info: 4100 df read_only extents=True\n"
+    );
+    let line = "you must supply the file=<FILENAME> parameter after the plugin name on the command line";
+    assert_eq!(refusal(&["example2"]), line);
+    assert_eq!(refusal(&["example2", "file=missing"]), "realpath: missing: No such file or directory");
+    // A file without its key is a script's name, as for every plugin that has no such key.
+    assert!(refusal_in(&room, &["example2", "disk"]).starts_with("unknown parameter 'script'"));
+    room.assert_nothing_left();
 }
