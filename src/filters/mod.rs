@@ -6,6 +6,7 @@ pub mod blocksize;
 pub mod blocksize_policy;
 pub mod bzip2;
 pub mod cache;
+pub mod cacheextents;
 pub mod checkwrite;
 pub mod count;
 pub mod cow;
@@ -69,6 +70,7 @@ pub static ALL: &[Entry] = &[
     Entry { about: &blocksize_policy::ABOUT, new: || Box::<blocksize_policy::Policy>::default() },
     Entry { about: &bzip2::ABOUT, new: || Box::new(bzip2::Bzip2) },
     Entry { about: &cache::ABOUT, new: || Box::<cache::Cache>::default() },
+    Entry { about: &cacheextents::ABOUT, new: || Box::<cacheextents::CacheExtents>::default() },
     Entry { about: &checkwrite::ABOUT, new: || Box::new(checkwrite::CheckWrite) },
     Entry { about: &count::ABOUT, new: || Box::new(count::Count) },
     Entry { about: &cow::ABOUT, new: || Box::<cow::Cow>::default() },

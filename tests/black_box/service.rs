@@ -613,6 +613,12 @@ mod debug_flags {
                 read,
                 "extentlist lookup: loop i=0 ",
             ),
+            (
+                "cacheextents.cache=1",
+                &["--filter=cacheextents", "memory", "1M"],
+                "nbdinfo --map \"$uri\"",
+                "cacheextents: updating cache with: offset=0 length=1048576 type=3\n",
+            ),
             ("file.zero=1", &["file", "disk"], zero, "/disk: zero succeeded using fallocate"),
             (
                 "example2.extra=1",

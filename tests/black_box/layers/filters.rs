@@ -33,6 +33,46 @@ fn same_on_memory(words: &[&str]) -> String {
     same(&arguments, EVERY_KIND)
 }
 
+/// What nbdkit 1.44's own test of it asks for; QEMU asks extent by extent.
+#[test]
+fn cacheextents_asks_the_plugin_once_until_something_is_written() {
+    let script = r#"#!/bin/sh
+        case "$1" in
+            thread_model) echo parallel ;;
+            get_size) echo 4M ;;
+            can_extents | can_write | can_trim | can_zero) ;;
+            extents) echo asked >> asked; for i in 0 1 2 3; do echo ${i}M 1M $i; done ;;
+            pread) head -c "$3" /dev/zero ;;
+            pwrite) cat > /dev/null ;;
+            trim | zero) ;;
+            *) exit 2 ;;
+        esac"#;
+    let asked = |room: &Room, commands: &str, is_nbdkit: bool| {
+        room.script("disk.sh", script);
+        room.write("asked", "");
+        let disk = room.path("disk.sh");
+        let arguments = ["--filter=cacheextents", "sh", disk.to_str().expect("the room's name is text")];
+        let command = format!("cd {} && qemu-io -f raw {commands} \"$uri\"", room.path("").display());
+        let mut launch = match is_nbdkit {
+            true => room.nbdkit_captive(arguments, command),
+            false => room.captive(arguments, command),
+        };
+        let map = launch.run_to(0).text().lines().filter(|line| line.contains("offset")).count();
+        (map, std::fs::read_to_string(room.path("asked")).expect("it is there").lines().count())
+    };
+    for (commands, times) in [
+        ("-c map -c map -c map", 1),
+        ("-c map -c 'discard 0 1M' -c map", 2),
+        ("-c map -c 'write 0 512' -c map", 2),
+        ("-c map -c 'write -z 0 1M' -c map", 2),
+        ("-c map -c 'alloc 0' -c 'read 0 512' -c map", 1),
+    ] {
+        let room = Room::new();
+        let ours = asked(&room, commands, false);
+        assert_eq!((ours.1, ours), (times, asked(&room, commands, true)), "{commands}");
+    }
+}
+
 /// "Shows the offset and range of another plugin."
 #[test]
 fn offset_shows_a_part() {
