@@ -10,6 +10,9 @@ use nbdcaptive_actors::device::{Exports, ThreadModel};
 
 use crate::text;
 
+/// The help of a parameter that is another name of the one before it.
+pub const ANOTHER_NAME: &str = "the same";
+
 /// A `key=value` that a layer takes.
 #[derive(Debug)]
 pub struct Parameter {
@@ -17,7 +20,7 @@ pub struct Parameter {
     pub key: &'static str,
     /// What stands for the value in help: `<SIZE>`, `<BOOL>|/PATH`, `none|emulate`. Completion reads it too.
     pub value: &'static str,
-    /// What it is for: a [`text`] with its line.
+    /// What it is for: a [`text`] with its line, or [`ANOTHER_NAME`].
     pub help: &'static str,
     /// The layer does not work without it.
     pub required: bool,
@@ -49,6 +52,11 @@ impl Parameter {
     /// What it is for, in one line.
     pub fn line(&self) -> &'static str {
         text::line(self.help)
+    }
+
+    /// Whether it is another name of the parameter before it.
+    pub fn is_another_name(&self) -> bool {
+        self.help == ANOTHER_NAME
     }
 }
 

@@ -75,7 +75,7 @@ fn answer(request: Request, options: &Options) -> i32 {
                 return 1;
             }
         },
-        Request::LongOptions => print(cli::long_options().as_bytes()),
+        Request::LongOptions => print(cli::long_options(identity::package()).as_bytes()),
         Request::Help | Request::Version | Request::DumpPlugin => {
             let mut layers = match options.plugin.as_ref().map(|_| Layers::find(options)).transpose() {
                 Ok(layers) => layers,

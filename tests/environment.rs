@@ -312,7 +312,7 @@ fn help_reads_well() {
 
 #[test]
 fn completion_words_are_stable() {
-    snapshot("cli-long-options", &cli::long_options());
+    snapshot("cli-long-options", &cli::long_options(nbdcaptive::identity::package()));
     snapshot("cli-short-options", &cli::short_options());
 }
 

@@ -499,7 +499,7 @@ impl Backend {
         let flush = self.written.is_dirty() && self.agreement.offered.flush;
         let Backend { device, coordinator, gates, .. } = self;
         let call = move || {
-            let flushed = if flush { calmly(&coordinator, || device.flush(&Call::BLOCKING)) } else { Ok(()) };
+            let flushed = if flush { calmly(&coordinator, || device.flush(&Call::FAREWELL)) } else { Ok(()) };
             // Also after a flush that failed.
             let closed = calmly(&coordinator, || device.close());
             flushed.and(closed)

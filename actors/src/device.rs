@@ -106,17 +106,25 @@ impl std::error::Error for Error {}
 #[derive(Debug)]
 pub struct Call {
     may_block: bool,
+    is_farewell: bool,
 }
 
 impl Call {
     /// A call on a thread of its own, which may take as long as it needs.
-    pub const BLOCKING: Call = Call { may_block: true };
+    pub const BLOCKING: Call = Call { may_block: true, is_farewell: false };
     /// A call on the executor's thread, which other clients share: answer at once or return [`Error::WouldBlock`].
-    pub const AT_ONCE: Call = Call { may_block: false };
+    pub const AT_ONCE: Call = Call { may_block: false, is_farewell: false };
+    /// The flush before a device is closed, where a client has written and has left without one. May block.
+    pub const FAREWELL: Call = Call { may_block: true, is_farewell: true };
 
     /// Whether this call may wait: for a disk, a lock that is held over I/O, another process, a clock.
     pub fn may_block(&self) -> bool {
         self.may_block
+    }
+
+    /// Whether no client asked for it ([`Call::FAREWELL`]): what counts, shows or refuses clients' requests lets it pass.
+    pub fn is_farewell(&self) -> bool {
+        self.is_farewell
     }
 }
 

@@ -1,7 +1,7 @@
 //! The text of `--help`, made from the tables. Nothing is wider than 80 columns.
 
 use super::options::{OPTIONS, OptionSpec};
-use crate::layer::About;
+use crate::layer::{About, Parameter};
 use crate::text;
 
 /// What fits any terminal.
@@ -55,15 +55,17 @@ Examples:
 pub fn layer_help(program: &str, kind: &str, about: &About) -> String {
     let mut text = format!("\n{kind}: {}\n", about.name);
     text += &wrapped("", 0, about.line());
-    for parameter in about.parameters {
-        let magic = match about.magic_key == Some(parameter.key) {
-            true if parameter.line().ends_with('.') => " The key may be left out.",
-            true => "; the key may be left out",
-            false => "",
-        };
-        let required = if parameter.required { "(required) " } else { "" };
-        let help = format!("{required}{}{magic}", parameter.line());
-        text += &entry(&format!("  {}={}", parameter.key, parameter.value), &help);
+    // As in nbdkit each starts its line, because scripts look for it there; a key that may be left out is in brackets, and other
+    // names have no line.
+    for (at, parameter) in about.parameters.iter().enumerate().filter(|(_, parameter)| !parameter.is_another_name()) {
+        let Parameter { key, value, required, .. } = parameter;
+        let key = if about.magic_key == Some(*key) { format!("[{key}=]") } else { format!("{key}=") };
+        let required = if *required { "(required) " } else { "" };
+        let mut help = format!("{required}{}", parameter.line());
+        for other in about.parameters[at + 1..].iter().take_while(|other| other.is_another_name()) {
+            help += &format!(" (or {}=)", other.key);
+        }
+        text += &entry(&format!("{key}{value}"), &help);
     }
     let examples = examples(&text::rest(about.summary));
     if !examples.is_empty() {
@@ -125,7 +127,7 @@ fn wrapped(start: &str, indent: usize, words: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::Parameter;
+    use crate::layer::ANOTHER_NAME;
 
     static ABOUT: About = About {
         name: "sample",
@@ -138,6 +140,8 @@ mod tests {
                 help: "What it is, at such a length that it has to go on in the line that follows.",
                 required: false,
             },
+            Parameter { key: "short", value: "a|b", help: "one or the other", required: false },
+            Parameter { key: "brief", value: "a|b", help: ANOTHER_NAME, required: false },
         ],
         thread_model: nbdcaptive_actors::device::ThreadModel::Parallel,
         magic_key: Some("size"),
@@ -169,11 +173,11 @@ mod tests {
 filter: sample
 a layer that has one parameter of each kind, and a summary that is longer than
 one line can hold
-  size=<SIZE>                   (required) The size of the disk. The key may be
-                                left out.
-  a-key-that-leaves-no-room=<VALUE>
+[size=]<SIZE>                   (required) The size of the disk.
+a-key-that-leaves-no-room=<VALUE>
                                 What it is, at such a length that it has to go
                                 on in the line that follows.
+short=a|b                       one or the other (or brief=)
 More of it: nbdcaptive --man=nbdcaptive-sample-filter | man -l -
 "
         );

@@ -27,6 +27,8 @@ pub mod options;
 
 use options::{Effect, OPTIONS, OptionSpec, WORDS};
 
+use crate::identity::{NBDKIT, Package};
+
 /// What the command line asks for. In rising order of who wins where several are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Request {
@@ -682,10 +684,13 @@ pub fn split_parameter(arg: &OsStr) -> Parameter {
     }
 }
 
-/// The answer to `--long-options`: every long name but those that only completion asks for, one per line.
-pub fn long_options() -> String {
+/// The answer to `--long-options`: every long name but those that only completion asks for, one per line. As nbdkit those that
+/// nbdkit has, for scripts hold them against its manual.
+pub fn long_options(package: Package) -> String {
+    let is_said = |name: &str| package != NBDKIT || !options::OUR_OWN.contains(&name);
     let names = options::long_names().into_iter();
-    names.filter(|(_, spec)| !spec.help.is_empty()).map(|(name, _)| format!("--{name}\n")).collect()
+    let said = names.filter(|(name, spec)| !spec.help.is_empty() && is_said(name));
+    said.map(|(name, _)| format!("--{name}\n")).collect()
 }
 
 /// The answer to `--short-options`: every letter, one per line.
@@ -698,6 +703,7 @@ pub fn short_options() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::OURS;
 
     fn parse_words(words: &[&str]) -> Result<(Request, Options), UsageError> {
         parse(words.iter().map(OsString::from), Some(Path::new("/here")))
@@ -991,8 +997,11 @@ mod tests {
 
     #[test]
     fn completion_gets_every_name_but_the_two_of_its_own() {
-        let (long, short) = (long_options(), short_options());
+        let (long, short) = (long_options(OURS), short_options());
         assert!(long.lines().any(|line| line == "--pid-file") && !long.contains("-options"));
+        let as_nbdkit = long_options(NBDKIT);
+        let ours: Vec<_> = long.lines().filter(|line| !as_nbdkit.lines().any(|other| other == *line)).collect();
+        assert!(ours.contains(&"--drain-timeout") && !ours.contains(&"--timeout"), "{ours:?}");
         assert!(short.starts_with("-4\n-6\n") && short.contains("-U\n"));
     }
 }

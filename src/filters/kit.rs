@@ -112,7 +112,7 @@ impl Request {
     }
 }
 
-/// A filter that changes no data and may have a word before and after each request.
+/// A filter that changes no data and may have a word before and after each request of a client's.
 pub trait Gate: Send + Sync {
     /// What it knows from before a request until after it.
     type Pass;
@@ -210,6 +210,9 @@ impl<G: Gate> Filter for Gated<G> {
     }
 
     fn flush(&self, call: &Call) -> Result<()> {
+        if call.is_farewell() {
+            return self.0.flush(call);
+        }
         self.pass(Request::Flush, call, |_| self.0.flush(call))
     }
 

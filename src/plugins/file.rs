@@ -30,7 +30,7 @@ use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FileType, FsWord, Mode, O
 use rustix::io::ReadWriteFlags;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
-use crate::layer::{About, ConfigError, Flag, Parameter, Plugin, Value};
+use crate::layer::{ANOTHER_NAME, About, ConfigError, Flag, Parameter, Plugin, Value};
 use crate::page_cache::cached_pages;
 use crate::values;
 
@@ -63,7 +63,7 @@ pub static ABOUT: About = About {
             help: "serve the files in this directory, chosen by export name",
             required: false,
         },
-        Parameter { key: "directory", value: "<DIRNAME>", help: "the same as dir", required: false },
+        Parameter { key: "directory", value: "<DIRNAME>", help: ANOTHER_NAME, required: false },
         Parameter { key: "fd", value: "<FD>", help: "serve the file open as this descriptor", required: false },
         Parameter {
             key: "dirfd",

@@ -33,7 +33,7 @@ use smol::future::block_on;
 use crate::captive::tree;
 use crate::cli::Tls;
 use crate::kept::{self, Program, Streams};
-use crate::layer::{About, ConfigError, Parameter, Plugin, Step, Value};
+use crate::layer::{ANOTHER_NAME, About, ConfigError, Parameter, Plugin, Step, Value};
 use crate::tls::{Ready, Wanted};
 use crate::uri::{self, Uri};
 use crate::values;
@@ -72,7 +72,7 @@ pub static ABOUT: About = About {
         optional("hostname", "<HOST>", "the server's host, for TCP"),
         optional("port", "<PORT>", "its port or the name of one, 10809 by default"),
         optional("vsock", "<CID>", "the server's vsock CID; port is then a number"),
-        optional("cid", "<CID>", "the same"),
+        optional("cid", "<CID>", ANOTHER_NAME),
         optional("command", "<COMMAND>", "a server to start, which takes a socket as systemd gives it"),
         optional("arg", "<ARG>", "an argument for the command; may be repeated"),
         optional("socket-fd", "<FD>", "a descriptor that is connected to the server"),

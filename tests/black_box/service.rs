@@ -405,6 +405,7 @@ mod as_nbdkit {
             "--version",
             "memory --version --filter=cow",
             "--dump-config",
+            "--long-options",
             "memory --dump-plugin",
             "null --filter=cow --dump-plugin",
             "info mode=version --run nbdcopy\u{a0}\"$uri\"\u{a0}-",
