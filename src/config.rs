@@ -75,7 +75,7 @@ impl Layers {
     /// What `--dump-plugin` shows of the layers with these parameters, beside what they say of themselves: how many requests all
     /// of them together take at a time, and lines of the plugin's.
     pub fn dump(&mut self, parameters: &[OsString]) -> Result<(ThreadModel, Vec<u8>), ConfigError> {
-        self.plugin.1.meet(&Server::new().0);
+        self.plugin.1.meet(&Server::new(None).0);
         self.give_all(parameters)?;
         let (model, own) = self.plugin.1.dump()?;
         let mut lines = Vec::new();
@@ -110,7 +110,7 @@ impl Layers {
 
     /// Gives each parameter to the first layer that knows it, and completes all, the plugin first.
     pub fn configure(mut self, parameters: &[OsString]) -> Result<Stack, ConfigError> {
-        let (server, asked) = Server::new();
+        let (server, asked) = Server::new(self.trace.report());
         self.plugin.1.meet(&server);
         self.give_all(parameters)?;
         self.trace.configures(self.plugin.0.name, format_args!("config_complete"));
@@ -315,7 +315,7 @@ mod tests {
             for parameter in about.parameters {
                 for text in texts {
                     let mut layers = find();
-                    layers.plugin.1.meet(&Server::new().0);
+                    layers.plugin.1.meet(&Server::new(None).0);
                     let word = [parameter.key.as_bytes(), b"=", text].concat();
                     let word = OsStr::from_bytes(&word).to_owned();
                     // An error may say anything, but on one line.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use nbdcaptive_actors::device::{Exports, ThreadModel};
 
+use crate::report::Report;
 use crate::text;
 
 /// The help of a parameter that is another name of the one before it.
@@ -106,24 +107,32 @@ impl<'a> Value<'a> {
 
 /// What a plugin may ask of the server that it will be in.
 #[derive(Clone, Debug)]
-pub struct Server(async_channel::Sender<()>);
+pub struct Server {
+    asked: async_channel::Sender<()>,
+    report: Option<Report>,
+}
 
 impl Server {
-    /// The plugin's end of it, and where what it asks is heard.
-    pub fn new() -> (Server, async_channel::Receiver<()>) {
+    /// The plugin's end of it, and where what it asks is heard. What it says goes to `report`.
+    pub fn new(report: Option<Report>) -> (Server, async_channel::Receiver<()>) {
         let (asked, hears) = async_channel::bounded(1);
-        (Server(asked), hears)
+        (Server { asked, report }, hears)
+    }
+
+    /// A line for `-v`, where there is no client yet. Source: nbdkit_debug(3).
+    pub fn debug(&self, line: fmt::Arguments<'_>) {
+        self.report.iter().for_each(|report| report.debug(line));
     }
 
     /// The server is to end, soon. Source: nbdkit_shutdown(3).
     pub fn shut_down(&self) {
         // Once is enough.
-        let _ = self.0.try_send(());
+        let _ = self.asked.try_send(());
     }
 }
 
 /// A debug flag (`-D`): its name, and where its value is kept. What it makes a layer say goes to
-/// [`Connection::debug`](nbdcaptive_actors::connection::Connection::debug), and so is seen only with `-v`.
+/// [`Connection::debug`](nbdcaptive_actors::connection::Connection::debug) or [`Server::debug`], and so is seen only with `-v`.
 /// Source: nbdkit docs/nbdkit-plugin.pod "Debug Flags".
 pub type Flag<'a> = (&'static str, &'a mut i32);
 

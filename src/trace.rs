@@ -37,6 +37,11 @@ impl Trace {
         Trace { report: Some(report.clone()), calls }
     }
 
+    /// Where what happens before there is a client is shown, if it is.
+    pub fn report(&self) -> Option<Report> {
+        self.report.clone()
+    }
+
     /// Shows that a layer is being configured.
     pub fn configures(&self, layer: &str, step: fmt::Arguments<'_>) {
         self.report.iter().for_each(|report| report.debug(format_args!("{layer}: {step}")));

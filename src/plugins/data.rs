@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `data.rs` | the parameters |
 //! | `data/parse.rs` | the language: text to expressions |
+//! | `data/tree.rs` | expressions as nbdkit shows them |
 //! | `data/evaluate.rs` | expressions to content, with files and scripts |
 //! | `data/content.rs` | content: pieces at offsets, and nothing between them |
 //!
@@ -13,6 +14,7 @@
 mod content;
 mod evaluate;
 mod parse;
+mod tree;
 
 use std::sync::Arc;
 
@@ -21,7 +23,7 @@ use base64::engine::general_purpose::STANDARD;
 use nbdcaptive_actors::device::{Exports, Same, ThreadModel};
 
 use super::memory::Allocator;
-use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
+use crate::layer::{About, ConfigError, Flag, Parameter, Plugin, Server, Value};
 use crate::values;
 use content::Content;
 
@@ -100,12 +102,23 @@ pub struct Data {
     size: Option<u64>,
     allocator: Allocator,
     variables: Vec<(String, Vec<u8>)>,
+    server: Option<Server>,
+    /// `-D data.AST=1`: shows what a description was understood as.
+    debug_ast: i32,
 }
 
 impl Plugin for Data {
     fn callbacks(&self) -> &'static str {
         "unload dump_plugin config config_complete config_help get_ready open get_size block_size \
          can_fast_zero can_fua can_multi_conn can_cache pread pwrite flush trim zero extents"
+    }
+
+    fn meet(&mut self, server: &Server) {
+        self.server = Some(server.clone());
+    }
+
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("AST", &mut self.debug_ast)]
     }
 
     fn takes_other_keys(&self) -> bool {
@@ -162,6 +175,9 @@ impl Plugin for Data {
                     given.or_else(|| std::env::var_os(name).map(std::os::unix::ffi::OsStringExt::into_vec))
                 };
                 let expression = parse::parse(&text, &lookup).map_err(ConfigError)?;
+                if let (Some(server), true) = (&self.server, self.debug_ast != 0) {
+                    tree::show(&expression, |line| server.debug(line));
+                }
                 evaluate::evaluate(&expression).map_err(ConfigError)?
             }
         };

@@ -21,7 +21,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::file;
 use super::regions::{Content, Region, Regions};
-use crate::layer::{About, ConfigError, Parameter, Plugin, Value};
+use crate::layer::{About, ConfigError, Flag, Parameter, Plugin, Server, Value};
 use crate::values;
 use crate::xoshiro::{self, Xoshiro};
 
@@ -136,6 +136,9 @@ pub struct Partitioning {
     mbr_id: u8,
     type_guid: Guid,
     random: Xoshiro,
+    server: Option<Server>,
+    /// `-D partitioning.regions=1`: shows what the disk is put together of.
+    debug_regions: i32,
 }
 
 impl Default for Partitioning {
@@ -147,6 +150,8 @@ impl Default for Partitioning {
             mbr_id: MBR_LINUX,
             type_guid: linux_guid(),
             random: Xoshiro::new(u64::from(xoshiro::seed())),
+            server: None,
+            debug_regions: 0,
         }
     }
 }
@@ -159,6 +164,14 @@ impl Plugin for Partitioning {
     fn callbacks(&self) -> &'static str {
         "load unload config config_complete config_help get_ready open get_size can_multi_conn can_cache \
          pread pwrite flush"
+    }
+
+    fn meet(&mut self, server: &Server) {
+        self.server = Some(server.clone());
+    }
+
+    fn debug_flags(&mut self) -> Vec<Flag<'_>> {
+        vec![("regions", &mut self.debug_regions)]
     }
 
     fn config(&mut self, key: &str, value: Value<'_>) -> Result<(), ConfigError> {
@@ -232,10 +245,13 @@ impl Plugin for Partitioning {
             let name = part.name.to_string_lossy().into_owned();
             contents.push(file::serve(file, true, name).map_err(|error| ConfigError(error.to_string()))?);
         }
-        match layout(table, &self.parts, contents) {
-            Some(regions) => Ok(Arc::new(Same::new(Disk { regions }))),
-            None => error("the disk would be larger than its partition table allows"),
+        let Some(regions) = layout(table, &self.parts, contents) else {
+            return error("the disk would be larger than its partition table allows");
+        };
+        if let (Some(server), true) = (&self.server, self.debug_regions != 0) {
+            show(&regions, &self.parts, server);
         }
+        Ok(Arc::new(Same::new(Disk { regions })))
     }
 }
 
@@ -327,6 +343,20 @@ fn layout(table: Table, parts: &[Part], contents: Vec<Box<dyn Device>>) -> Optio
         }
     }
     Some(regions)
+}
+
+/// Shows what the disk is put together of. Source: nbdkit plugins/partitioning/virtual-disk.c.
+fn show(regions: &Regions, parts: &[Part], server: &Server) {
+    let mut files = parts.iter();
+    for (number, Region { range, content }) in regions.list().iter().enumerate() {
+        let kind = match content {
+            // Each file is one region, in their order.
+            Content::Device(_) => files.next().map_or("file".into(), |part| part.name.to_string_lossy()),
+            Content::Bytes(_) => "data".into(),
+            Content::Zeroes => "zero".into(),
+        };
+        server.debug(format_args!("region[{number}]: {:x}-{:x} type={kind}", range.start, range.end - 1));
+    }
 }
 
 /// Where in the list of regions a file and its boot record are.

@@ -2,7 +2,7 @@
 //! Source: nbdkit-data-plugin(1), its examples; nbdkit's tests/test-data-*.sh.
 
 use super::both::{both, ours};
-use super::harness::{Room, nbdkit_differs};
+use super::harness::{Launch, Room, nbdkit_differs};
 
 const OPERATIONS: [&str; 9] =
     ["read 0 20", "map", "write 3 5 7", "zero 4 2", "trim 8 3", "read 0 20", "flush", "cache 0 512", "read 8000 192"];
@@ -36,6 +36,37 @@ fn what_it_offers() {
     let text = ours(&Room::new(), &["data", "1", "size=1M"], &["about"]);
     let offers = "can_flush, can_fua, can_trim, can_zero, can_fast_zero, can_multi_conn, can_cache";
     assert_eq!(text, format!("about: size 1048576, {offers}, blocks 1 32768 4294967295, extents True, name ''\n"));
+}
+
+/// "-D data.AST=1: Print the Abstract Syntax Tree".
+#[test]
+fn what_a_description_was_understood_as_is_shown() {
+    // What is between the first line and the last.
+    let shown = |launch: &mut Launch| {
+        let stderr = launch.run_to(0).stderr;
+        let lines = stderr.lines().filter_map(|line| Some(line.split_once(": debug: ")?.1.to_owned()));
+        let tree = lines.skip_while(|line| line != "BEGIN AST (-D data.AST=1)").skip(1);
+        tree.take_while(|line| line != "END AST").collect::<Vec<_>>().join("\n")
+    };
+    let room = Room::new();
+    room.write("file", [1; 300]);
+    for data in [
+        "1 2 \"\\x80a\\n\" @4 (1 2 @^8)*3 -> \\x \\x <file[0:4] le16:0x102 (7)*5000",
+        "( 0x55 0xAA ) -> \\boot-signature ( @0x1fe \\boot-signature ) -> \\sector \\sector*32",
+        "$more (@+2 @-1 1 (2 (3 (4 @5 ((6)*2 7 7 7)*3)))) <(echo x)[:1]",
+        "((((((((((((@1 1 @2 2) @1 3) @1 4) @1 5) @1 6) @1 7) @1 8) @1 9) @1 10) @1 11) @1 12) @1 13)",
+        "\"abc\"[1:] \"abc\"[:1] 9*100[3:50] <file*2*3 () ()*5 1*0 (<file)[4:4]",
+        "\"aaaa\" 97*5 97 \"b\"*3",
+        "",
+    ] {
+        let arguments = ["-v", "-D", "data.AST=1", "data", data, "more=(1 <file 2)*2"];
+        let ours = shown(&mut room.captive(arguments, "true"));
+        assert!(!ours.is_empty(), "{data}");
+        // Since 1.36 every line of it is quoted; Debian's is as it was.
+        assert_eq!(ours.replace("\\\\", "\\"), shown(&mut room.nbdkit_captive(arguments, "true")), "{data}");
+        assert_eq!(shown(&mut room.captive(["-v", "data", data, "more=1"], "true")), "");
+        assert_eq!(room.captive(&arguments[1..], "true").run_to(0).stderr, "");
+    }
 }
 
 #[test]

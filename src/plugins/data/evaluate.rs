@@ -85,7 +85,8 @@ impl<'a> Evaluator<'a> {
             Ok(())
         };
         match expression {
-            Expression::Bytes(bytes) => return put(content, offset, &Content::bytes(bytes.clone())),
+            Expression::Byte(byte) => return put(content, offset, &Content::bytes(vec![*byte])),
+            Expression::Text(text) => return put(content, offset, &Content::bytes(text.clone())),
             Expression::Offset(to) => *offset = *to,
             Expression::Move(by) if *by < 0 && by.unsigned_abs() > *offset => {
                 return Err(format!(

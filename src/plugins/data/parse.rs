@@ -12,8 +12,10 @@ const MAX_EXPRESSIONS: usize = 1 << 20;
 /// An expression.
 #[derive(Debug)]
 pub enum Expression {
-    /// Bytes.
-    Bytes(Vec<u8>),
+    /// A byte.
+    Byte(u8),
+    /// `"TEXT"`, and numbers of several bytes.
+    Text(Vec<u8>),
     /// `@OFFSET`
     Offset(u64),
     /// `@+N` and `@-N`
@@ -153,7 +155,7 @@ impl<'a> Parser<'a> {
                 b'<' => (self.file()?, 0),
                 b'"' => {
                     self.at += 1;
-                    (Expression::Bytes(self.string()?), 0)
+                    (Expression::Text(self.string()?), 0)
                 }
                 b'\\' => (Expression::Name(self.name()?), 0),
                 b'-' => {
@@ -167,10 +169,10 @@ impl<'a> Parser<'a> {
                 }
                 b'$' => self.variable(depth)?,
                 b'0'..=b'9' => match self.number().and_then(|number| u8::try_from(number).ok()) {
-                    Some(byte) => (Expression::Bytes(vec![byte]), 0),
+                    Some(byte) => (Expression::Byte(byte), 0),
                     None => return Err("data parameter BYTE must be in the range 0..255".to_owned()),
                 },
-                b'l' | b'b' => (Expression::Bytes(self.word()?), 0),
+                b'l' | b'b' => (Expression::Text(self.word()?), 0),
                 _ => return self.error(),
             };
             if depth + deep + 1 > MAX_DEPTH {

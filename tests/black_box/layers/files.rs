@@ -140,6 +140,30 @@ fn a_gpt_is_nbdkits() {
     assert!(answers.contains(": 45cb826ad21db21199a6080020736631"), "{answers}");
 }
 
+/// "-D partitioning.regions=1: Print the regions table."
+#[test]
+fn the_regions_of_a_disk_are_shown() {
+    let table = |launch: &mut Launch| {
+        let stderr = launch.run_to(0).stderr;
+        let lines = stderr.lines().filter_map(|line| Some(line.split_once(": debug: ")?.1.to_owned()));
+        lines.filter(|line| line.starts_with("region[")).collect::<Vec<_>>()
+    };
+    let room = Room::new();
+    parts(6)(&room);
+    for words in [
+        &["p1", "p2"][..],
+        &["partition-type=mbr", "alignment=8192", "p1", "p2", "p3", "p4", "p5", "p6"],
+        &["p1", "alignment=512", "p2", "p3", "partition-type=gpt"],
+    ] {
+        let arguments = [&["-v", "-D", "partitioning.regions=1", "partitioning"], words].concat();
+        let ours = table(&mut room.captive(&arguments, "true"));
+        assert_eq!(ours, table(&mut room.nbdkit_captive(&arguments, "true")));
+        assert!(ours.len() > 4, "{ours:#?}");
+        assert_eq!(table(&mut room.captive([&["-v", "partitioning"], words].concat(), "true")), [""; 0]);
+        assert_eq!(room.captive(&arguments[1..], "true").run_to(0).stderr, "");
+    }
+}
+
 #[test]
 fn partitions_can_be_written_and_what_is_between_them_cannot() {
     let operations = &[
