@@ -470,6 +470,7 @@ impl Backend {
                 finished.await
             };
             let mut placed = None;
+            let returned = matches!(event, Event::Done(_));
             match event {
                 Event::Work(batch) => self.serve(batch, &replies, enough).await,
                 Event::Done(first) => {
@@ -484,6 +485,11 @@ impl Backend {
             if replies.is_closed() && draining() {
                 // A client that was cut off was promised nothing of what has not begun, and the end waits for us.
                 self.waiting.clear();
+            }
+            if returned && self.threads == 1 && self.at_once {
+                // They came behind the one that had to wait and were not tried yet; most of them need no thread.
+                let behind = std::mem::take(&mut self.waiting);
+                self.serve(behind, &replies, enough).await;
             }
             self.start_waiting(placed);
             if self.running == 0 {
@@ -508,7 +514,7 @@ impl Backend {
     }
 
     /// Answers what can be answered at once and keeps the rest.
-    async fn serve(&mut self, batch: Batch, up: &Sender<Replies>, enough: usize) {
+    async fn serve(&mut self, batch: impl IntoIterator<Item = Work>, up: &Sender<Replies>, enough: usize) {
         let mut replies = self.fresh();
         for mut work in batch {
             if self.try_at_once(&mut work, &mut replies.segments) {

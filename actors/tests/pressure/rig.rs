@@ -69,11 +69,12 @@ pub enum Answers {
 
 pub const EITHER_WAY: [Answers; 2] = [Answers::AtOnce, Answers::OnThreads];
 
-/// How many are in the device at the same time, and how many were at most.
+/// How many are in the device at the same time, how many were at most, and how many have been there.
 #[derive(Clone, Debug, Default)]
 pub struct Meter {
     pub now: usize,
     pub most: usize,
+    pub ever: usize,
     by_connection: HashMap<usize, usize>,
     pub most_of_one_connection: usize,
 }
@@ -81,6 +82,7 @@ pub struct Meter {
 impl Meter {
     fn enter(&mut self, connection: usize) {
         self.now += 1;
+        self.ever += 1;
         self.most = self.most.max(self.now);
         let of_one = self.by_connection.entry(connection).or_default();
         *of_one += 1;

@@ -50,6 +50,29 @@ fn serialize_requests_is_one_at_a_time_for_each_client() {
     }
 }
 
+/// One that has to wait is no reason to send all that came behind it to threads, one by one.
+#[test]
+fn only_what_has_to_wait_goes_to_a_thread_where_requests_go_one_by_one() {
+    for place in ONE_THREAD {
+        for model in [ThreadModel::SerializeRequests, ThreadModel::SerializeAllRequests] {
+            let disk = Disk::with_model(model, Answers::AtOnce);
+            let rig = Rig::start(place, &disk);
+            let mut client = rig.client();
+            // The thread that opened the device may still have its turn.
+            client.work(1);
+            let before = disk.blocking().ever;
+            let all = [offsets(0, 5), vec![GATED], offsets(0, 100), vec![GATED], offsets(0, 5)].concat();
+            client.ask_for(all.iter().copied());
+            disk.wait_until_at_gate(1);
+            rig.wait_until_considered(&client);
+            disk.open_gate();
+            let answered: Vec<u64> = all.iter().map(|_| client.block()).collect();
+            assert_eq!(answered, all, "{place:?}, {model:?}");
+            assert_eq!(disk.blocking().ever - before, 2, "{place:?}, {model:?}");
+        }
+    }
+}
+
 /// "Multiple handles can be open at the same time, but requests are serialized so that for the plugin as a whole only one
 /// ... request will be in progress at any time."
 #[test]
