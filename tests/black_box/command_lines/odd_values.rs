@@ -109,11 +109,11 @@ fn no_value_of_an_option_makes_it_panic() {
     survives(&command_lines);
 }
 
-/// The keys that `--help` names for a plugin or filter: lines that start with two spaces and `KEY=`.
+/// The keys that `--help` names for a plugin or filter: lines that start with `KEY=`, or `[KEY=]` where it may be left out.
 fn keys(help: &[String], heading: &str) -> Vec<String> {
     let section = help.iter().skip_while(|line| !line.starts_with(heading)).skip(1);
     let section = section.take_while(|line| !line.starts_with("filter: ") && !line.starts_with("plugin: "));
-    let key = |line: &String| Some(line.strip_prefix("  ")?.split_once('=')?.0.to_owned());
+    let key = |line: &String| Some(line.strip_prefix('[').unwrap_or(line).split_once('=')?.0.to_owned());
     section.filter_map(key).filter(|key| !key.contains(char::is_whitespace)).collect()
 }
 
