@@ -25,6 +25,7 @@
 //! | `sweeper.rs` | a process that removes the socket of a server that was killed |
 //! | `tls/` | TLS as the command line has it: finding and reading certificates and keys |
 //! | `uri.rs` | NBD URIs as a client reads them, and the way to the server that they name |
+//! | `unblock.rs` | calls that may wait, outside a server |
 //! | `probe.rs` | `--probe`: what an NBD server offers |
 //! | `overlay.rs`, `block_map.rs` | where filters keep data that is not the plugin's: temporary files, and which blocks are in them |
 //! | `page_cache.rs` | whether a file's data can be had without waiting |
@@ -54,6 +55,7 @@ pub mod sweeper;
 pub mod text;
 pub mod tls;
 pub mod trace;
+pub mod unblock;
 pub mod uri;
 pub mod user;
 pub mod values;

@@ -19,6 +19,7 @@ use nbdcaptive_actors::protocol::constants::NBD_MAX_STRING;
 use nbdcaptive_actors::transport::{Socket, Transport};
 
 use crate::captive::quote::uri_quote;
+use crate::unblock::unblock;
 
 /// The port of NBD. Source: IANA.
 const PORT: u16 = 10809;
@@ -180,12 +181,12 @@ impl Uri {
             // Waits where the server's queue is full, which cannot be watched.
             Address::Unix(path) => {
                 let path = path.clone();
-                smol::unblock(move || unix(&path)).await.map_err(failed)?.into()
+                unblock(move || unix(&path)).await.map_err(failed)?.into()
             }
             // Nobody who is not there is waited for longer than two seconds.
             Address::Vsock { cid, port } => {
                 let (cid, port) = (*cid, *port);
-                smol::unblock(move || vsock(cid, port)).await.map_err(failed)?
+                unblock(move || vsock(cid, port)).await.map_err(failed)?
             }
         };
         Ok(Box::new(Socket::on_reactor(socket).map_err(failed)?))
@@ -193,7 +194,7 @@ impl Uri {
 }
 
 async fn tcp(host: String, port: u16) -> io::Result<OwnedFd> {
-    let addresses = smol::unblock(move || (host, port).to_socket_addrs().map(Vec::from_iter)).await?;
+    let addresses = unblock(move || (host, port).to_socket_addrs().map(Vec::from_iter)).await?;
     connect_to_any(addresses).await
 }
 

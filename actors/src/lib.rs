@@ -29,6 +29,7 @@
 //! | `buffers.rs` | memory that goes round with requests and replies |
 //! | `connection.rs` | what a device may know of the connection it serves, and wait for |
 //! | `blocks.rs`, `blocks/slabs.rs` | memory that a large write is received into and that a device may keep; where it comes from |
+//! | `pool.rs` | threads for calls that may wait |
 //! | `world.rs` | time and threads: the system's, or a simulation's |
 //! | `simulation.rs` | time that stands still, for tests (feature `simulation`) |
 //! | `log.rs` | lines for people |
@@ -71,6 +72,7 @@ mod buffers;
 mod exit_policy;
 mod listener;
 mod parent_watcher;
+mod pool;
 mod server;
 mod session;
 mod socket_options;
@@ -80,5 +82,6 @@ mod world;
 pub use coordinator::{Cause, CommandEnd, Handle, Outcome};
 pub use exit_policy::Event;
 pub use parent_watcher::watch_process;
+pub use pool::Pool;
 pub use server::{Running, Server};
 pub use session::SessionId;

@@ -266,8 +266,10 @@ impl Server {
 
     /// Starts every actor on `executor`, which somebody must run. Clients that have connected already are served.
     ///
-    /// Errors: a socket cannot be watched.
+    /// Errors: a socket cannot be watched, or there is no room for a thread.
     pub fn start(self, executor: &Arc<Executor<'static>>) -> io::Result<Running> {
+        // Now, when it can be said that there is none; devices cannot do without.
+        self.world.start()?;
         let speaker = Speaker::new(self.log);
         let sockets = self.sockets.into_iter().map(Async::new).collect::<io::Result<Vec<_>>>()?;
         let gates = Gates::new(self.exports.thread_model(), self.world.clone());

@@ -5,17 +5,18 @@
 
 use std::future::Future;
 use std::pin::Pin;
-#[cfg(feature = "simulation")]
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use crate::pool::Pool;
 #[cfg(feature = "simulation")]
 use crate::simulation::{Simulation, Sleep};
 
 /// Cheap to clone. The default is the system's.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct World {
+    pool: Arc<Pool>,
     #[cfg(feature = "simulation")]
     pub simulation: Option<Arc<Simulation>>,
 }
@@ -38,13 +39,22 @@ impl World {
         Timer(Kind::System(smol::Timer::after(delay)))
     }
 
+    /// Starts the first of the threads that may wait. Errors: there is no room for it.
+    pub(crate) fn start(&self) -> std::io::Result<()> {
+        #[cfg(feature = "simulation")]
+        if self.simulation.is_some() {
+            return Ok(());
+        }
+        self.pool.start()
+    }
+
     /// Makes `call` on a thread that may wait. Dropped, the call may be made all the same, and its result is lost.
     pub(crate) async fn unblock<T: Send + 'static>(&self, call: impl FnOnce() -> T + Send + 'static) -> T {
         #[cfg(feature = "simulation")]
         if let Some(simulation) = &self.simulation {
             return simulation.unblock(call).await;
         }
-        smol::unblock(call).await
+        self.pool.unblock(call).await
     }
 
     /// As [`World::unblock`], for a call that tells its end itself.
@@ -53,7 +63,7 @@ impl World {
         if let Some(simulation) = &self.simulation {
             return simulation.put(Box::new(call));
         }
-        smol::unblock(call).detach();
+        self.pool.put(call);
     }
 }
 

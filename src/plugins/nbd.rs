@@ -35,6 +35,7 @@ use crate::cli::Tls;
 use crate::kept::{self, Program, Streams};
 use crate::layer::{ANOTHER_NAME, About, ConfigError, Parameter, Plugin, Step, Value};
 use crate::tls::{Ready, Wanted};
+use crate::unblock::unblock;
 use crate::uri::{self, Uri};
 use crate::values;
 
@@ -364,7 +365,7 @@ impl Remote {
                 let name = format!("{host}:{port}");
                 let cannot = |error| failed(format_args!("cannot connect to {name}: {error}"));
                 let (host, port) = (host.clone(), port.clone());
-                let addresses = smol::unblock(move || {
+                let addresses = unblock(move || {
                     let hints = AddrInfoHints { socktype: SockType::Stream.into(), ..AddrInfoHints::default() };
                     let found = getaddrinfo(Some(&host), Some(&port), Some(hints)).map_err(std::io::Error::from)?;
                     Ok(found.filter_map(Result::ok).map(|info| info.sockaddr).collect())
@@ -388,7 +389,7 @@ impl Remote {
             }
             Way::Vsock { cid, port } => {
                 let (cid, port) = (*cid, *port);
-                let connected = smol::unblock(move || uri::vsock(cid, port)).await;
+                let connected = unblock(move || uri::vsock(cid, port)).await;
                 connected.map_err(|error| failed(format_args!("cannot connect to vsock {cid}:{port}: {error}")))?
             }
             Way::Taken(socket) => {
@@ -483,7 +484,7 @@ impl Remote {
 
 async fn connect_unix(path: PathBuf) -> device::Result<OwnedFd> {
     let shown = path.display().to_string();
-    let connected = smol::unblock(move || uri::unix(&path)).await;
+    let connected = unblock(move || uri::unix(&path)).await;
     Ok(connected.map_err(|error| failed(format_args!("cannot connect to {shown}: {error}")))?.into())
 }
 

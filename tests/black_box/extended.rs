@@ -747,7 +747,7 @@ mod streams {
         };
         let is_of_pool = |thread: &PathBuf| {
             // A thread may end between these reads.
-            fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("blocking-"))
+            fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == "nbd-call")
         };
         (entries("fd").count(), entries("task").filter(|thread| !is_of_pool(thread)).count())
     }

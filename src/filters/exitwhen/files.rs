@@ -28,6 +28,7 @@ use rustix::io::Errno;
 use smol::future::or;
 
 use crate::report::Report;
+use crate::unblock::unblock;
 
 /// How many symbolic links a name may lead through, as for the kernel.
 const LINKS: u32 = 40;
@@ -150,7 +151,7 @@ impl Files {
             // Not on the executor: a file system may keep whoever looks at it waiting. Dropped meanwhile, the look is made to
             // its end and forgotten.
             let line;
-            (self, line) = smol::unblock(move || {
+            (self, line) = unblock(move || {
                 let line = self.look(&news);
                 (self, line)
             })
