@@ -224,8 +224,13 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
                 errand.prelude = environment.prelude();
                 if options.print_uri {
                     let text = print_uri_text(&environment.uri);
-                    // A captive server has no stdout: it is the command's.
-                    if captivity.is_some() { errand.print = text } else { print(&text) }
+                    if captivity.is_some() {
+                        // A captive server has no stdout: it is the command's.
+                        errand.print = text;
+                    } else {
+                        // Clients may know where we are all the same.
+                        let _ = print(&text);
+                    }
                 }
                 if let Some(run) = &options.run {
                     errand.fits(run)?;
@@ -257,7 +262,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         }
     };
     // A background server's lines go elsewhere once the launcher has left; up to then they are the launcher's.
-    let report = if daemon.is_some() { report.in_background() } else { report };
+    let log = if daemon.is_some() { report.clone().in_background() } else { report.clone() };
 
     let mut server = Server::new(exports)
         .read_only(options.read_only)
@@ -275,7 +280,7 @@ fn prepare<'a>(options: &'a Options, role: Role<'_>) -> Result<Option<Ready<'a>>
         .exit_last(lifetime.exit_last)
         .grace_period(options.grace_period)
         .drain_timeout(options.drain_timeout)
-        .log(Arc::new(report.clone()))
+        .log(Arc::new(log))
         .at_end({
             let leftovers = leftovers.clone();
             move || leftovers.sweep()
@@ -369,13 +374,26 @@ fn show_environment(report: &Report, told: &[(&'static str, OsString)]) {
     }
 }
 
-/// Starts async-io's reactor, which has a thread and descriptors of its own and panics where it cannot have them.
+/// How many descriptors must be left once the reactor has its own: signals, a socket to listen on, a client, a worker for it
+/// (two), and two for what a device opens.
+const LEAST_DESCRIPTORS: usize = 7;
+/// Starts async-io's reactor, which has a thread and descriptors of its own and panics where it cannot have them. Errors: a line
+/// for people; also where it leaves too few descriptors.
 fn start_reactor() -> Result<(), String> {
+    let failed = |error: io::Error| format!("cannot start: {error}");
+    let watched = io::pipe().map_err(failed)?.0;
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| ()));
-    let started = std::panic::catch_unwind(|| async_io::block_on(async {}));
+    // The descriptors on this thread, where that can be caught, and only then the reactor's own thread.
+    let started = std::panic::catch_unwind(|| Async::new(watched).map(|_| async_io::block_on(async {})));
     std::panic::set_hook(hook);
-    started.map_err(|_| "cannot start: there is no thread or descriptor to be had for the reactor".to_owned())
+    let shortage = || "cannot start: there is no thread or descriptor to be had for the reactor".to_owned();
+    started.map_err(|_| shortage())?.map_err(failed)?;
+    let spare = std::iter::repeat_with(|| io::stderr().as_fd().try_clone_to_owned()).take(LEAST_DESCRIPTORS);
+    let spare = spare.collect::<io::Result<Vec<_>>>();
+    spare.map(drop).map_err(|error| {
+        format!("cannot start: {error}; a server and its first client need {LEAST_DESCRIPTORS} more (ulimit -n)")
+    })
 }
 
 /// Where clients come from.
@@ -474,6 +492,7 @@ impl Ready<'_> {
         drop(executor);
         let status = ended.unwrap_or_else(|error| {
             leftovers.sweep();
+            // The launcher is still there, if there is one.
             report.error(format_args!("cannot serve: {error}"));
             1
         });

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use async_channel::Receiver;
 use async_io::Async;
 use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::socket::{SockFlag, accept4, setsockopt, sockopt};
 use smol::Executor;
 use smol::future::or;
@@ -43,16 +44,25 @@ impl Threads {
     fn count(self) -> usize {
         match self {
             Threads::Count(count) => count,
-            Threads::PerCore => std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+            Threads::PerCore => {
+                std::thread::available_parallelism().map_or(2, std::num::NonZero::get).min(affordable())
+            }
         }
     }
+}
+
+/// As many workers, each with two descriptors, as leave three quarters of what this process may have to its clients: there may
+/// be more cores than that.
+fn affordable() -> usize {
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((RLIM_INFINITY, RLIM_INFINITY));
+    usize::try_from(limit / 8).map_or(usize::MAX, |count| count.max(1))
 }
 
 /// Where sessions run.
 pub(crate) enum Place {
     /// On the executor that was given.
     Executor,
-    /// On threads of the server's own, that many, started with the first client.
+    /// On threads of the server's own, that many, started with the first client; where there is room for none, on the executor.
     Workers { threads: Threads, spin: Duration, workers: Option<Workers> },
 }
 
@@ -99,7 +109,6 @@ impl Listener {
                         continue;
                     };
                     if let Err(error) = self.serve(id, client, seat).await {
-                        // Threads and their epolls are short as well.
                         complaints.say(&self.surroundings, format_args!("cannot serve client {id}: {error}"));
                         pause(&self.surroundings).await;
                     }
@@ -142,7 +151,7 @@ impl Listener {
         seats.try_acquire_arc().map(Some)
     }
 
-    /// Starts the session of a client. Errors: there is no thread for it, or the socket cannot be watched.
+    /// Starts the session of a client. Errors: its thread has ended, or the socket cannot be watched.
     async fn serve(&mut self, id: SessionId, client: Arrived, seat: Seat) -> io::Result<()> {
         let surroundings = self.surroundings.clone();
         let visit = Visit::begin(id, &surroundings, seat);
@@ -158,14 +167,22 @@ impl Listener {
         if self.keepalive {
             keep_alive(&socket);
         }
-        match &mut self.place {
-            Place::Executor => {
+        if let Place::Workers { threads, spin, workers: workers @ None } = &mut self.place {
+            match Workers::start(threads.count(), *spin) {
+                Ok(started) => *workers = Some(started),
+                // Served more slowly is better than not at all, and the next client may find room for them.
+                Err(error) => {
+                    surroundings.speaker.debug(format_args!("client {id} is served without workers: {error}"))
+                }
+            }
+        }
+        match &self.place {
+            Place::Workers { workers: Some(workers), .. } => {
+                place_on_worker(workers, visit, socket, surroundings).await
+            }
+            Place::Executor | Place::Workers { workers: None, .. } => {
                 let socket = Socket::on_reactor(socket)?;
                 self.spawn(session::run(visit, Box::new(socket), surroundings))
-            }
-            Place::Workers { threads, spin, workers } => {
-                let start = || Workers::start(threads.count(), *spin);
-                place_on_workers(start, workers, visit, socket, surroundings).await
             }
         }
     }
@@ -215,17 +232,12 @@ impl Drop for Closed {
     }
 }
 
-async fn place_on_workers(
-    start: impl FnOnce() -> io::Result<Workers>,
-    workers: &mut Option<Workers>,
+async fn place_on_worker(
+    workers: &Workers,
     visit: Visit,
     socket: OwnedFd,
     mut surroundings: Surroundings,
 ) -> io::Result<()> {
-    let workers = match workers {
-        Some(workers) => workers,
-        None => workers.insert(start()?),
-    };
     let job = Box::new(move |worker: &Worker| {
         surroundings.buffers = worker.buffers();
         match worker.register(socket) {

@@ -41,22 +41,31 @@ pub(crate) struct Workers {
 }
 
 impl Workers {
-    /// Starts `count` threads. Errors: no thread, epoll or eventfd to be had; those that were started end again.
+    /// Starts `count` threads, or as many as there is room for. Errors: for none.
     /// With `spin`, a thread looks for events that long before it sleeps.
     pub(crate) fn start(count: usize, spin: Duration) -> io::Result<Workers> {
         let mut workers = Vec::with_capacity(count);
         for number in 0..count {
-            let prepared = Prepared::new()?;
-            // Bounded by the Listener, which waits while it is full.
-            let (jobs, inbox) = async_channel::bounded::<Job>(64);
-            let load = Arc::clone(&prepared.load);
-            // Detached: it ends when `jobs` is closed and the last session has ended. The Coordinator waits for sessions.
-            thread::Builder::new()
-                .name(format!("nbd-worker-{number}"))
-                .spawn(move || Worker::new(prepared, spin).run(inbox))?;
-            workers.push((jobs, load));
+            match Workers::start_one(number, spin) {
+                Ok(worker) => workers.push(worker),
+                Err(error) if workers.is_empty() => return Err(error),
+                // One alone serves everybody.
+                Err(_) => break,
+            }
         }
         Ok(Workers { workers })
+    }
+
+    fn start_one(number: usize, spin: Duration) -> io::Result<(Sender<Job>, Arc<AtomicUsize>)> {
+        let prepared = Prepared::new()?;
+        // Bounded by the Listener, which waits while it is full.
+        let (jobs, inbox) = async_channel::bounded::<Job>(64);
+        let load = Arc::clone(&prepared.load);
+        // Detached: it ends when `jobs` is closed and the last session has ended. The Coordinator waits for sessions.
+        thread::Builder::new()
+            .name(format!("nbd-worker-{number}"))
+            .spawn(move || Worker::new(prepared, spin).run(inbox))?;
+        Ok((jobs, load))
     }
 
     /// Hands `job` to the worker with the fewest sessions. `false` if that worker's thread is gone.
