@@ -201,18 +201,22 @@ impl Kept {
     }
 }
 
-/// A name that nobody else has, under `$TMPDIR` or where [`prefer`] says. Nothing is made.
+/// Where [`directory`] makes its directories: `$TMPDIR`, or where [`prefer`] says.
+pub fn parent() -> PathBuf {
+    let preferred = PREFERRED.get();
+    // There may be a socket in it, whose path must be short; not in one that is for disks.
+    let fits = |path: &PathBuf| path.is_absolute() && (preferred.is_some() || path.as_os_str().len() <= LONGEST_PARENT);
+    let parent = std::env::var_os("TMPDIR").map(PathBuf::from).filter(fits);
+    parent.unwrap_or_else(|| PathBuf::from(preferred.unwrap_or(&"/tmp")))
+}
+
+/// A name that nobody else has. Nothing is made.
 fn choose_directory() -> io::Result<PathBuf> {
     let mut random = [0; 12];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let name: String =
         random.iter().map(|byte| char::from(b"abcdefghijklmnopqrstuvwxyz234567"[*byte as usize % 32])).collect();
-    let preferred = PREFERRED.get();
-    // There may be a socket in it, whose path must be short; not in one that is for disks.
-    let fits = |path: &PathBuf| path.is_absolute() && (preferred.is_some() || path.as_os_str().len() <= LONGEST_PARENT);
-    let parent = std::env::var_os("TMPDIR").map(PathBuf::from).filter(fits);
-    let parent = parent.unwrap_or_else(|| PathBuf::from(preferred.unwrap_or(&"/tmp")));
-    Ok(parent.join(format!("nbdcaptive-scripts-{name}")))
+    Ok(parent().join(format!("nbdcaptive-scripts-{name}")))
 }
 
 /// This process's environment with these in place of what is there by their names.

@@ -202,7 +202,8 @@ fn labelled<T>(label: Option<&OsStr>, attribute: &str, make: impl FnOnce() -> Re
 fn unix(path: &Path, label: Option<&OsStr>) -> Result<Listening, String> {
     let length = path.as_os_str().len();
     if length > LONGEST_SOCKET_PATH {
-        return Err(format!("-U: path too long: length {length} > max {LONGEST_SOCKET_PATH} bytes"));
+        let path = path.display();
+        return Err(format!("-U: path too long: length {length} > max {LONGEST_SOCKET_PATH} bytes: {path}"));
     }
     // Held until we listen, so that no other server of ours takes a socket for dead that is only not ready yet.
     let turn = take_turn(path);

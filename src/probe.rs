@@ -71,13 +71,9 @@ pub fn run(options: &Options) -> i32 {
         Some(Ok(uri)) => smol::block_on(probe(&uri, options.timeout.unwrap_or(PATIENCE))),
     };
     let failure = match found {
-        Ok(found) if options.json => {
-            print(format!("{:#}\n", found.json()).as_bytes());
-            found.failure()
-        }
         Ok(found) => {
-            print(found.text().as_bytes());
-            found.failure()
+            let text = if options.json { format!("{:#}\n", found.json()) } else { found.text() };
+            print(text.as_bytes()).err().map(|error| format!("stdout: {error}")).or(found.failure())
         }
         Err(why) => Some(why),
     };

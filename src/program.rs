@@ -59,23 +59,24 @@ pub fn run(words: Vec<OsString>) -> i32 {
     }
 }
 
-/// Answers on stdout what can be answered without serving.
+/// Answers on stdout what can be answered without serving. Whoever asked must not take half an answer for one.
 fn answer(request: Request, options: &Options) -> i32 {
+    let mut text = Vec::new();
     match request {
         Request::Serve => {}
         Request::Probe => return probe::run(options),
-        Request::DumpConfig => print(&cli::dump_config::dump_config(identity::package())),
-        Request::ShortOptions => print(cli::short_options().as_bytes()),
-        Request::Candidates => print(cli::candidates::answer(&options.parameters).as_bytes()),
-        Request::Completion => print(options.completion.map_or("", cli::completion::Shell::script).as_bytes()),
+        Request::DumpConfig => text = cli::dump_config::dump_config(identity::package()),
+        Request::ShortOptions => text = cli::short_options().into(),
+        Request::Candidates => text = cli::candidates::answer(&options.parameters).into(),
+        Request::Completion => text = options.completion.map_or("", cli::completion::Shell::script).into(),
         Request::Man => match cli::man::answer(options) {
-            Ok(text) => print(text.as_bytes()),
+            Ok(page) => text = page.into(),
             Err(error) => {
                 Report::early().error(error);
                 return 1;
             }
         },
-        Request::LongOptions => print(cli::long_options(identity::package()).as_bytes()),
+        Request::LongOptions => text = cli::long_options(identity::package()).into(),
         Request::Help | Request::Version | Request::DumpPlugin => {
             let mut layers = match options.plugin.as_ref().map(|_| Layers::find(options)).transpose() {
                 Ok(layers) => layers,
@@ -105,30 +106,36 @@ fn answer(request: Request, options: &Options) -> i32 {
                 Request::Help => {
                     let plugins: Vec<_> = plugins::ALL.iter().map(|entry| entry.about).collect();
                     let filters: Vec<_> = filters::ALL.iter().map(|entry| entry.about).collect();
-                    print(cli::help::help(identity::name(), &plugins, &filters).as_bytes());
+                    text.extend(cli::help::help(identity::name(), &plugins, &filters).bytes());
                     about.iter().for_each(|(kind, about)| {
-                        print(cli::help::layer_help(identity::name(), kind, about).as_bytes())
+                        text.extend(cli::help::layer_help(identity::name(), kind, about).bytes());
                     });
                 }
                 Request::Version => {
-                    print(format!("{}\n", identity::package()).as_bytes());
+                    text.extend(format!("{}\n", identity::package()).bytes());
                     for (_, about) in about {
-                        print(format!("{} {}\n", about.name, identity::package().version).as_bytes());
+                        text.extend(format!("{} {}\n", about.name, identity::package().version).bytes());
                     }
                 }
                 // The plugin first, whatever stands before it.
                 _ => {
                     for (kind, about) in about.iter().rev() {
-                        print(&dump_plugin(kind, about, model));
+                        text.extend(dump_plugin(kind, about, model));
                         if *kind == "plugin" {
-                            print(&further);
+                            text.extend(&further);
                         }
                     }
                 }
             }
         }
     }
-    0
+    match print(&text) {
+        Ok(()) => 0,
+        Err(error) => {
+            Report::early().error(format_args!("stdout: {error}"));
+            1
+        }
+    }
 }
 
 /// `--dump-plugin` of one layer. Its path is this program's: a layer is built in. The keys of a filter bear its name, because

@@ -8,6 +8,7 @@ use std::fmt;
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nbdcaptive_actors::SessionId;
 use nbdcaptive_actors::log::{Level, Log};
@@ -26,8 +27,27 @@ use syslog::Syslog;
 enum Sink {
     Stderr,
     Null,
-    File(Arc<OwnedFd>),
+    File(Arc<LogFile>),
     Syslog(Arc<Syslog>),
+}
+
+/// A file that lines are appended to.
+#[derive(Debug)]
+struct LogFile {
+    file: OwnedFd,
+    /// There was room for a part of the last line only.
+    is_torn: AtomicBool,
+}
+
+impl LogFile {
+    /// Appends a line, or what of it fits. The next one is a line of its own.
+    fn write(&self, line: &str) {
+        let was_torn = self.is_torn.swap(false, Ordering::Relaxed);
+        let text = if was_torn { format!("\n{line}") } else { line.to_owned() };
+        let lost = write_unless_full(self.file.as_fd(), text.as_bytes());
+        let is_torn = if lost == text.len() { was_torn } else { lost > 0 };
+        self.is_torn.fetch_or(is_torn, Ordering::Relaxed);
+    }
 }
 
 /// Lines of this process. Cheap to clone.
@@ -52,7 +72,8 @@ impl Report {
             LogTo::Null => Sink::Null,
             LogTo::File(path) => {
                 let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-                Sink::File(Arc::new(file.map_err(|error| format!("{}: fopen: {error}", path.display()))?.into()))
+                let file = file.map_err(|error| format!("{}: fopen: {error}", path.display()))?;
+                Sink::File(Arc::new(LogFile { file: file.into(), is_torn: AtomicBool::new(false) }))
             }
             LogTo::Syslog => Sink::Syslog(Arc::new(Syslog::new())),
             LogTo::Default | LogTo::Stderr => Sink::Stderr,
@@ -102,7 +123,7 @@ impl Report {
         match &self.sink {
             Sink::Null => {}
             Sink::Stderr => to_stderr(&text()),
-            Sink::File(file) => write_unless_full(file.as_fd(), text().as_bytes()),
+            Sink::File(file) => file.write(&text()),
             // Its lines carry the program's name and how bad they are by themselves.
             Sink::Syslog(syslog) => syslog.write(format_args!("{who}{line}")),
         }
@@ -189,15 +210,17 @@ pub fn to_stderr(text: &str) {
     write_unless_full(std::io::stderr().as_fd(), text.as_bytes());
 }
 
-fn write_unless_full(fd: BorrowedFd<'_>, mut bytes: &[u8]) {
+/// How many of the bytes there was no room for.
+fn write_unless_full(fd: BorrowedFd<'_>, mut bytes: &[u8]) -> usize {
     let kind = fstat(fd).map_or(0, |about| about.st_mode & nix::libc::S_IFMT);
     while !bytes.is_empty() {
         match write_some(fd, kind, bytes) {
             Ok(count) => bytes = &bytes[count..],
             Err(Errno::EINTR) => {}
-            Err(_) => return,
+            Err(_) => break,
         }
     }
+    bytes.len()
 }
 
 /// Writes some of it without waiting. The mode of the descriptor is left alone: others share it. Errors: `EAGAIN` if there is
@@ -227,10 +250,13 @@ fn write_some(fd: BorrowedFd<'_>, kind: nix::libc::mode_t, bytes: &[u8]) -> Resu
     nix::unistd::write(fd, bytes)
 }
 
-/// Writes `text` to stdout, for options that ask for it. A reader that has gone is no error of ours.
-pub fn print(text: &[u8]) {
+/// Writes `text` to stdout, for options that ask for it. A reader that has gone is no error of ours. Errors: it is not all there.
+pub fn print(text: &[u8]) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text).and_then(|()| out.flush());
+    match out.write_all(text).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -63,6 +63,8 @@ mod service;
 mod soak;
 #[path = "black_box/sparse_reads.rs"]
 mod sparse_reads;
+#[path = "black_box/surroundings.rs"]
+mod surroundings;
 #[path = "black_box/terminal.rs"]
 mod terminal;
 #[path = "black_box/tls.rs"]

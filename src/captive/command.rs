@@ -99,7 +99,8 @@ pub fn become_command(mut wait: PipeReader, run: &OsStr, inherited: &Inherited) 
     let Some((&GO, errand)) = words.split_first() else { return Ok(None) };
     let Errand { print, prelude } = Errand::decode(errand).ok_or(io::ErrorKind::InvalidData)?;
     if !print.is_empty() {
-        crate::report::print(&print);
+        // The command is more than the line before it.
+        let _ = crate::report::print(&print);
     }
     let mut script = prelude;
     script.extend_from_slice(run.as_bytes());

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fmt::{self, Write as _};
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -74,7 +74,8 @@ impl Filter for LogFilter {
             Some(path) => Some(open(path, self.append)?),
             None => None,
         };
-        let log = Log { file: file.map(Mutex::new), script: self.script, connections: AtomicU64::new(0) };
+        let file = file.map(|file| Mutex::new(Lines { file, is_torn: false, has_complained: false }));
+        let log = Log { file, script: self.script, connections: AtomicU64::new(0) };
         let model = next.thread_model() as u32;
         log.line(&Connection::default(), None, "Ready", Kind::Print, 0, format_args!("thread_model={model}"));
         let (lists, preconnects) = Default::default();
@@ -96,8 +97,38 @@ enum Kind {
     Print,
 }
 
+/// A file that lines are written to.
+struct Lines {
+    file: File,
+    /// There was room for a part of the last line only.
+    is_torn: bool,
+    has_complained: bool,
+}
+
+impl Lines {
+    /// Writes a line, or what of it fits. The next one is a line of its own.
+    fn write(&mut self, line: &str) -> io::Result<()> {
+        let text = if self.is_torn { format!("\n{line}") } else { line.to_owned() };
+        let mut rest = text.as_bytes();
+        let mut written = Ok(());
+        // One call where it can be, so that lines of several servers do not mix.
+        while written.is_ok() && !rest.is_empty() {
+            match self.file.write(rest) {
+                Ok(0) => written = Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => rest = &rest[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => written = Err(error),
+            }
+        }
+        if rest.len() < text.len() {
+            self.is_torn = !rest.is_empty();
+        }
+        written
+    }
+}
+
 struct Log {
-    file: Option<Mutex<File>>,
+    file: Option<Mutex<Lines>>,
     script: Option<Vec<u8>>,
     connections: AtomicU64,
 }
@@ -127,8 +158,15 @@ impl Log {
                 let _ = write!(line, " {text}");
             }
             line.push_str(if kind == Kind::Enter { " ...\n" } else { "\n" });
-            // One write, so that lines of several servers do not mix. A file is whole whoever panicked.
-            let _ = file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes());
+            // A file is whole whoever panicked.
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            // Said once, by a client's line: there is nobody to say it at the start.
+            if let Err(error) = file.write(&line)
+                && number.is_some()
+                && !std::mem::replace(&mut file.has_complained, true)
+            {
+                connection.error(format_args!("logfile: {error}: lines are lost"));
+            }
         }
         if let Some(script) = &self.script {
             let mut words = format!("act={act}\n");

@@ -713,7 +713,8 @@ pub fn write_script(directory: &Path, name: &str, text: &[u8]) -> std::io::Resul
 
 /// A directory for scripts.
 pub fn directory() -> Result<PathBuf, ConfigError> {
-    kept::directory().map_err(|error| ConfigError(format!("cannot make a directory for scripts: {error}")))
+    let failed = |error| format!("cannot make a directory for scripts in {}: {error}", kept::parent().display());
+    kept::directory().map_err(|error| ConfigError(failed(error)))
 }
 
 /// A path as [`Source`] has it.
