@@ -13,7 +13,7 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::harness::{DEADLINE, Room, Witness, free_port, nbdkit_differs, wait_for};
+use super::harness::{DEADLINE, Room, Witness, free_port, nbdkit_differs, server_path, wait_for};
 use super::raw_client::*;
 
 /// No test lives to see the end of this one: what ends, ends by itself.
@@ -126,6 +126,106 @@ fn two_hundred_clients_in_every_state_do_not_hold_up_the_end_of_a_command() {
     running.finish().expect(3);
     room.assert_nothing_left();
     drop(clients);
+}
+
+/// D18, D22: who is stopped in the handshake is given up when its time is over, and was never there
+#[test]
+fn clients_that_stop_in_the_handshake_do_not_keep_an_exitlast_server() {
+    if nbdkit_differs("D22: hangs") {
+        return;
+    }
+    let room = Room::new();
+    let server = room.serve(["--timeout=1", "--filter=exitlast", "memory", "64M"]);
+    let stopped: Vec<_> = (0..4).map(|state| client_in_some_state(&server.socket, state)).collect();
+    server.simple().disconnect();
+    server.running.finish().expect(0);
+    room.assert_nothing_left();
+    drop(stopped);
+}
+
+/// D18: who is stopped later is there, until it is killed
+#[test]
+fn clients_that_stop_in_transmission_keep_an_exitlast_server_until_they_are_gone() {
+    let room = Room::new();
+    let server = room.serve(["--filter=exitlast", "memory", "64M"]);
+    let mut stopped: Vec<_> = (4..10).map(|state| client_in_some_state(&server.socket, state)).collect();
+    while let Some(one) = stopped.pop() {
+        let mut client = server.simple();
+        client.expect_alive();
+        client.disconnect();
+        drop(one);
+    }
+    server.running.finish().expect(0);
+    room.assert_nothing_left();
+}
+
+/// Writes its own stretch of the disk over and over, whole, each time with the next byte, and says each that was acknowledged.
+const WRITER: &str = "
+import nbd, sys
+at, length = int(sys.argv[2]), 1 << 20
+h = nbd.NBD()
+h.connect_unix(sys.argv[1])
+for number in range(1, 1 << 30):
+    h.pwrite(bytes([number % 251]) * length, at * length)
+    print(number, flush=True)
+";
+
+/// B1, C13, F2, F4, F12: programs that are stopped wherever they are, most of them in the midst of a request's data
+#[test]
+fn programs_that_are_stopped_hold_up_no_end_and_lose_nothing() {
+    if nbdkit_differs("F1, F4: hangs for ever") {
+        return;
+    }
+    const STRETCH: usize = 1 << 20;
+    for how in ["the command's end", "SIGTERM", "the parent's end"] {
+        // Shown where the test fails.
+        eprintln!("{how}");
+        let room = Room::new();
+        let disk = room.write("disk", vec![0; 4 * STRETCH]);
+        let (mut ready, mut go) = (room.fifo("ready"), room.fifo("go"));
+        let command = "printf '%s\\n' \"$unixsocket\" > ready; read x < go; exit 3";
+        let mut launch = room.tool("sh", ["-c", "\"$@\" & echo $! > front; wait $!", "sh"]);
+        launch.args([server_path()]).args([NO_DRAIN_TIMEOUT, "--exit-with-parent", "file", "disk", "--run", command]);
+        let witness = Witness::new(&mut launch);
+        let parent = launch.start();
+        let socket = ready.hear();
+        let writers: Vec<_> =
+            (0..4).map(|at| room.tool("python3", ["-c", WRITER, &socket, &at.to_string()]).start()).collect();
+        for writer in &writers {
+            wait_for("a writer to get somewhere", || (writer.stdout().lines().count() >= 3).then_some(()));
+            writer.signal(Signal::SIGSTOP);
+            wait_for("it to be stopped", || {
+                let stat = fs::read_to_string(format!("/proc/{}/stat", writer.pid())).ok()?;
+                stat.contains(") T ").then_some(())
+            });
+        }
+        match how {
+            "SIGTERM" => {
+                let front = fs::read_to_string(room.path("front")).expect("the shell has written it");
+                kill(Pid::from_raw(front.trim().parse().expect("a pid")), Signal::SIGTERM).expect("it is there");
+            }
+            "the command's end" => go.tell(),
+            _ => parent.signal(Signal::SIGKILL),
+        }
+        witness.wait_until_all_are_gone();
+        let status = parent.finish().status;
+        match how {
+            "SIGTERM" => assert_eq!(status.code(), Some(128 + Signal::SIGTERM as i32)),
+            "the command's end" => assert_eq!(status.code(), Some(3)),
+            _ => assert_eq!(status.code(), None),
+        }
+        let disk = fs::read(disk).expect("the disk is there");
+        for (stretch, writer) in disk.chunks(STRETCH).zip(&writers) {
+            let acknowledged = writer.stdout().lines().count();
+            let found = stretch[0];
+            assert!(stretch.iter().all(|&byte| byte == found), "half a write");
+            // The next one may be there, too, acknowledged or not.
+            let wanted = [acknowledged, acknowledged + 1].map(|number| number % 251);
+            assert!(wanted.contains(&usize::from(found)), "{found}, and {acknowledged} were acknowledged");
+        }
+        drop(writers);
+        room.wait_until_nothing_left();
+    }
 }
 
 const BLOCK: usize = 4096;
