@@ -5,14 +5,15 @@
 //! - [`Server`]: a server on a Unix socket that accepts connections.
 //! - [`Witness`]: a pipe whose write end the server and all that it starts inherit; its end of file means that all are gone.
 //! - [`Fifo`]: how a command and a test wait for each other.
-//! - [`settle`]: what this program has closed is closed, also in the processes that other tests are starting just now.
+//! - [`alone`], [`wait_until_unread`]: what this program has closed is closed, also in the processes that other tests are starting
+//!   just now.
 //!
 //! Whatever a test shares with the rest of the machine has a name of its own: rooms, marks, ports. So several copies of this
 //! program may run at once, also in pid namespaces of their own, where process numbers are the same.
 //!
 //! Nothing sleeps to give something time: [`wait_for`] looks again until a deadline, which only a failing test reaches.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -27,7 +28,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, signal, sigprocmask};
 use nix::sys::stat::Mode;
@@ -122,8 +123,9 @@ pub fn free_port() -> String {
         // An abstract name is of the network namespace, as ports are.
         let name = SocketAddr::from_abstract_name(format!("nbdcaptive-test-port-{port}")).expect("it is short");
         let claim = UnixListener::bind_addr(&name).ok()?;
+        // Listened at for a moment.
         let is_taken = |address: &str| {
-            let bound = std::net::TcpListener::bind(format!("{address}:{port}"));
+            let bound = alone(|| std::net::TcpListener::bind(format!("{address}:{port}")).map(drop));
             bound.is_err_and(|error| error.kind() == std::io::ErrorKind::AddrInUse)
         };
         if is_taken("0.0.0.0") || is_taken("[::]") {
@@ -132,8 +134,6 @@ pub fn free_port() -> String {
         claims.push(claim);
         Some(port)
     });
-    // Listened at for a moment.
-    settle();
     port.to_string()
 }
 
@@ -146,17 +146,28 @@ pub fn spawn(command: &mut Command) -> std::io::Result<Child> {
     command.spawn()
 }
 
-/// Waits until every process that is being started has become its program. Until then it holds a copy of all that this program
-/// had open: a pipe whose end was dropped has another one, a listener that was dropped still listens, a file that was written
-/// is "busy" for who wants to execute it. What was closed before this call is closed for good after it.
-pub fn settle() {
-    drop(STARTING.write().unwrap_or_else(PoisonError::into_inner));
+/// Does something while no process is being started. Until it has become its program, and for an instant more, a process has a
+/// copy of all that this program had open when it was started: a listener that was dropped still listens, a file that was
+/// written is "busy" for who wants to execute it. What `act` opens and closes, no other process ever has.
+pub fn alone<T>(act: impl FnOnce() -> T) -> T {
+    let _alone = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+    act()
+}
+
+/// Waits until nobody has the other end of this pipe to read from, also of those that were started meanwhile and have a copy
+/// until they have become their programs.
+pub fn wait_until_unread(pipe: &OwnedFd) {
+    use std::os::fd::AsFd;
+    wait_for("the last reader of a pipe to be gone", || {
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut fds, PollTimeout::ZERO).expect("poll on a pipe");
+        fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)).then_some(())
+    });
 }
 
 /// Leaves a socket at which nobody answers.
 pub fn dead_socket(path: &Path) {
-    drop(UnixListener::bind(path).expect("a socket in the room"));
-    settle();
+    alone(|| drop(UnixListener::bind(path).expect("a socket in the room")));
 }
 
 /// What a program finds that a shell starts at a terminal, whatever this program was started by: nohup(1), a script's background
@@ -218,9 +229,8 @@ impl Room {
 
     /// A program that can be executed at once, by everybody who may enter the room.
     pub fn script(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.write(name, content);
+        let path = alone(|| self.write(name, content));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("the file is ours");
-        settle();
         path
     }
 
@@ -688,8 +698,15 @@ pub struct Witness(OwnedFd);
 
 impl Witness {
     pub fn new(launch: &mut Launch) -> Witness {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
-        launch.inherit(write);
+        // The process opens a write end for itself, so that no other of this program's ever has one.
+        let (read, _) = alone(|| pipe2(OFlag::O_CLOEXEC).map(|(read, write)| (read, drop(write)))).expect("a pipe");
+        let path = CString::new(format!("/proc/self/fd/{}", read.as_raw_fd())).expect("a path has no NUL");
+        launch.in_child(move || {
+            let write = open(&*path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+            // Not one of those that the caller may have closed.
+            fcntl(&write, FcntlArg::F_DUPFD(10))?;
+            Ok(())
+        });
         Witness(read)
     }
 
@@ -699,7 +716,6 @@ impl Witness {
     }
 
     pub fn all_are_gone(&self) -> bool {
-        settle();
         readable(&self.0, Duration::ZERO)
     }
 }

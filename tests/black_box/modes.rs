@@ -16,7 +16,8 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sig
 use nix::unistd::{Pid, pipe2};
 
 use super::harness::{
-    Launch, Room, Running, Witness, dead_socket, is_nbdkit, nbdkit_differs, program_name, server_path, settle, wait_for,
+    Launch, Room, Running, Witness, dead_socket, is_nbdkit, nbdkit_differs, program_name, server_path, wait_for,
+    wait_until_unread,
 };
 use super::raw_client::*;
 
@@ -202,14 +203,14 @@ mod single {
         let mut replies = File::from(replies);
         let mut launch = room.server(["-s", "memory", "1M"]);
         launch.stdin(Stdio::piped());
-        give(&mut launch, 1, output);
+        give(&mut launch, 1, output.try_clone().expect("a descriptor"));
         let mut running = launch.start();
         drop(launch);
         let mut stdin = running.stdin();
         stdin.write_all(&handshake()).expect("the server reads");
         replies.read_exact(&mut [0; 18 + 20]).expect("a greeting and a reply");
         drop(replies);
-        settle();
+        wait_until_unread(&output);
         // Either this request finds the reader gone, or the rest of the handshake's replies has.
         let _ = stdin.write_all(&read_request(1));
         running.finish().expect(1).expect_error_line(&[]);
@@ -1150,7 +1151,7 @@ mod resources {
         // A pipe that nobody reads any more.
         let (read, write) = pipe();
         drop(read);
-        settle();
+        wait_until_unread(&write);
         let mut launch = room.captive(["-v", "memory", "1M"], "nbdinfo --size \"$uri\" > size; exit 7");
         give(&mut launch, 1, write.try_clone().expect("a descriptor"));
         give(&mut launch, 2, write);
