@@ -81,8 +81,8 @@ pub(crate) struct Gates {
     world: World,
 }
 
-/// How many requests of all clients together may be on threads. smol's pool is one for the whole process and has 500; the
-/// rest is for devices that are opened and closed, so that a device which hangs does not keep new clients out.
+/// How many requests of all clients together may be on threads. The rest of those that a pool has (`pool.rs`) is for devices that
+/// are opened and closed, so that a device which hangs does not keep new clients out.
 const PLACES: usize = 400;
 
 /// How many of them are for clients that have no request on a thread yet, so that devices which hang for some clients, who have

@@ -1,7 +1,4 @@
-//! More requests wait at a device than there are threads for them. In a program of its own, because all servers of a process
-//! share those threads.
-
-use std::sync::{Mutex, PoisonError};
+//! More requests wait at a device than there are threads for them. In a program of its own, because it takes so many.
 
 #[allow(dead_code, reason = "shared with other tests")]
 #[path = "pressure/rig.rs"]
@@ -15,12 +12,8 @@ const FIRST: usize = 100;
 /// A client's own, the default of `Server::threads`.
 const THREADS: usize = 16;
 
-/// One test at a time, for there are threads for one only.
-static ALONE: Mutex<()> = Mutex::new(());
-
 #[test]
 fn clients_at_a_device_that_waits_keep_nobody_out() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for place in [Place::Executor, Place::Workers(2)] {
         let disk = Disk::new(Answers::AtOnce);
         let rig = Rig::start(place, &disk);
@@ -54,7 +47,6 @@ fn clients_at_a_device_that_waits_keep_nobody_out() {
 /// Where every request needs a thread.
 #[test]
 fn clients_with_all_the_threads_they_may_have_leave_one_to_each_of_the_others() {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for place in [Place::Executor, Place::Workers(2)] {
         let disk = Disk::new(Answers::OnThreads);
         let rig = Rig::start(place, &disk);
