@@ -73,6 +73,13 @@ pub fn size(text: &str) -> Result<u64, String> {
     }
 }
 
+/// A line of a list of extents without white space at its ends and without a comment. `None`: nothing else is in it. nbdkit takes
+/// such lines since 1.46.
+pub fn extent_line(line: &str) -> Option<&str> {
+    let line = line.split('#').next().unwrap_or_default().trim_matches([' ', '\t', '\r']);
+    (!line.is_empty()).then_some(line)
+}
+
 /// A switch: `1 true t yes y on` or `0 false f no n off`, in either case.
 pub fn boolean(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {

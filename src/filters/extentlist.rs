@@ -96,7 +96,7 @@ struct Stretch {
 /// The list in order. Errors: a line that is none, or extents that overlap.
 fn parse(text: &str) -> Result<Vec<Stretch>, String> {
     let mut list = Vec::new();
-    for line in text.lines() {
+    for line in text.lines().filter_map(values::extent_line) {
         let mut words = line.split([' ', '\t']).filter(|word| !word.is_empty());
         let (Some(offset), Some(length)) = (words.next(), words.next()) else {
             return Err(format!("cannot parse {line}"));
@@ -189,11 +189,11 @@ mod tests {
 
     #[test]
     fn reads_sizes_and_words_in_any_order() {
-        let list = parse("4M 1M hole,zero\n0  1k\n8192\t0 hole\n1k 1k 2 and more\n").unwrap();
+        let list = parse("# a list\n4M 1M hole,zero\n\n0  1k # first\n8192\t0 hole\n1k 1k 2 and more\n").unwrap();
         let stretch = |offset, length, flags| Stretch { offset, length, flags };
         assert_eq!(list, [stretch(0, 1024, 0), stretch(1024, 1024, ZERO), stretch(4 << 20, 1 << 20, HOLE | ZERO)]);
         assert!(parse("").unwrap().is_empty());
-        for wrong in ["0", "\n", "x 1", "0 1\n-1 1", "0 1M\n1023k 1"] {
+        for wrong in ["0", "x 1", "0 1\n-1 1", "0 1M\n1023k 1"] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
     }

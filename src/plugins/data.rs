@@ -44,8 +44,8 @@ pub static ABOUT: About = About {
         `0x55 85 0125`
         : Bytes, in hexadecimal, decimal and octal.
 
-        `\"text\" le32:1 be64:0x10`
-        : The bytes of a text; whole numbers of 16, 32 or 64 bits.
+        `\"text\" le32:1 be64:0x10 base64:aGVsbG8=`
+        : The bytes of a text; whole numbers of 16, 32 or 64 bits; what is said in base64.
 
         `@0x1fe`
         : What follows stands at this offset. `@+N`, `@-N` and `@^N` go on, go back, and go on to a multiple of *N*.

@@ -717,6 +717,29 @@ fn statuses(room: &Room, arguments: &[&str], questions: &str) -> String {
     output.text().to_owned()
 }
 
+/// Newer than the nbdkit that the other tests have beside them.
+#[test]
+fn lists_of_extents_have_comments_and_descriptions_of_data_base64() {
+    if nbdkit_differs("since 1.46") {
+        return;
+    }
+    let room = Room::new();
+    let extents = r"extents=printf '# all of it\n\n 0 64K # data\n64K 1M hole # and none\n'";
+    let map = r#"nbdinfo --map "$uri""#;
+    let words = ["eval", "get_size=echo 1M", "pread=exit 1", "can_extents=exit 0", extents];
+    let lines = |output: super::harness::Output| -> Vec<Vec<String>> {
+        let words = |line: &str| line.split_whitespace().take(3).map(str::to_owned).collect();
+        output.text().lines().map(words).collect()
+    };
+    let expected = [["0", "65536", "0"], ["65536", "983040", "1"]];
+    assert_eq!(lines(room.captive(words, map).run_to(0)), expected);
+    room.write("list", "# all of it\n\n 0 64K # data\n64K 1M hole # and none\n");
+    let words = ["--filter=extentlist", "memory", "1M", "extentlist=list"];
+    assert_eq!(lines(room.captive(words, map).run_to(0)), expected);
+    let words = ["data", "base64:aGVsbG8= 33", "size=6"];
+    assert_eq!(room.captive(words, r#"nbdcopy "$uri" -"#).run_to(0).text(), "hello!");
+}
+
 /// What is cut off an extent that is too long leaves it aligned. Source: nbdkit's tests/test-eval-extents.sh.
 #[test]
 fn an_extent_that_is_too_long_for_a_compact_reply_ends_the_map_on_a_border() {

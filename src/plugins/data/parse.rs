@@ -2,6 +2,9 @@
 
 use std::rc::Rc;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
 use crate::values;
 
 /// How deep expressions may be in each other, variables among them.
@@ -343,8 +346,14 @@ impl<'a> Parser<'a> {
         inner.list(0, depth + 1)
     }
 
-    /// `le16:` and the like, up to white space.
+    /// `le16:` and the like, up to white space; or `base64:`, up to what is none. The latter is newer than nbdkit 1.45.
     fn word(&mut self) -> Result<Vec<u8>, String> {
+        const BASE64: &[u8] = b"base64:";
+        if self.rest().starts_with(BASE64) {
+            self.at += BASE64.len();
+            let coded = self.take(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(&byte));
+            return STANDARD.decode(coded).map_err(|error| format!("data: base64: {error}"));
+        }
         let word = self.take(|byte| !is_space(byte));
         let unexpected =
             || format!("data parameter: expected \"le16/32/64:\" or \"be16/32/64:\" at offset {}", self.at);

@@ -30,6 +30,7 @@ fn every_kind_of_expression() {
     is("", "");
     is("65 0x31 017 128", b"A1\x0f\x80");
     is("le16:1 be16:1 le32:1 be32:1", b"\x01\0\0\x01\x01\0\0\0\0\0\0\x01");
+    is("1 base64:aGVsbG8= (base64:aGk=)*2 base64:+/8=[1:]", b"\x01hellohihi\xff");
     is("le64:0xffffffffffffffff be64:1", b"\xff\xff\xff\xff\xff\xff\xff\xff\0\0\0\0\0\0\0\x01");
     is(r#" "hello" ( "\"" "\\" )*2 "\x01\x02\x03" "\n" "" "#, b"hello\"\\\"\\\x01\x02\x03\n");
     is(r#""\a\b\f\n\r\t\v""#, b"\x07\x08\x0c\n\r\t\x0b");

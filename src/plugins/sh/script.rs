@@ -666,9 +666,8 @@ impl Device for State {
 /// Lines of offset, length and kind.
 fn add_extents(extents: &mut Extents, text: &[u8]) -> Result<(), String> {
     let mut next = None;
-    let lines = text.strip_suffix(b"\n").unwrap_or(text).split(|byte| *byte == b'\n');
-    for line in lines.filter(|_| !text.is_empty()) {
-        let line = String::from_utf8_lossy(line);
+    let text = String::from_utf8_lossy(text);
+    for line in text.split('\n').filter_map(values::extent_line) {
         let mut words = line.split([' ', '\t']).filter(|word| !word.is_empty());
         let (Some(offset), Some(length)) = (words.next(), words.next()) else {
             return Err(format!("cannot parse {}", line.escape_debug()));
@@ -788,6 +787,10 @@ mod tests {
         assert_eq!(map("0 110\n110 1k\tzero").unwrap(), [(10, 0), (40, 2)]);
         assert_eq!(map("0 110 1\n110 0\n110 1k 2\n").unwrap(), [(10, 1), (40, 2)]);
         assert!(map("").unwrap().is_empty());
+        assert_eq!(
+            map("# offset, length\n\n0 110 hole# one\n \t\n  110 1k zero # two\n\n").unwrap(),
+            [(10, 1), (40, 2)]
+        );
         assert!(map("0 110\n111 10\n").unwrap_err().contains("contiguous"));
         assert!(map("101 10\n").unwrap_err().contains("must not be > start (100)"));
         assert!(map("0\n").unwrap_err().contains("cannot parse 0"));
