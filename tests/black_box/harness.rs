@@ -17,7 +17,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -700,6 +700,10 @@ impl Witness {
     pub fn new(launch: &mut Launch) -> Witness {
         // The process opens a write end for itself, so that no other of this program's ever has one.
         let (read, _) = alone(|| pipe2(OFlag::O_CLOEXEC).map(|(read, write)| (read, drop(write)))).expect("a pipe");
+        // Nor does the process get another thing by this number.
+        let high = fcntl(&read, FcntlArg::F_DUPFD_CLOEXEC(100)).expect("a descriptor");
+        // SAFETY: it was just made, and nobody else knows of it.
+        let read = unsafe { OwnedFd::from_raw_fd(high) };
         let path = CString::new(format!("/proc/self/fd/{}", read.as_raw_fd())).expect("a path has no NUL");
         launch.in_child(move || {
             let write = open(&*path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
