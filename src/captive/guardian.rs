@@ -504,10 +504,13 @@ impl Guardian<'_> {
         self.told.extend(targets);
     }
 
-    /// What the command has started since it was told to end had its time when the command has ended.
+    /// What the command has started since it was told to end had its time when the command has ended. So had what was told
+    /// and would be gone if it had heard it: a shell's child that is not yet its program hears it as the shell, and forgets it.
     fn end_rest(&mut self) {
         let mut rest = self.left();
-        rest.retain(|process| !self.told.iter().any(|told| told.is_same(process)));
+        rest.retain(|process| {
+            !self.told.iter().any(|told| told.is_same(process)) || tree::dies_of(process.pid, SIGTERM)
+        });
         self.signal_all(&rest, SIGTERM);
         self.told.extend(rest);
     }

@@ -122,6 +122,17 @@ pub fn is_running(pid: i32) -> bool {
     look_at(pid).is_some_and(|process| process.running)
 }
 
+/// Whether a process would not survive this signal: it neither catches nor ignores nor blocks it. Source: proc(5)
+/// `/proc/[pid]/status`.
+pub fn dies_of(pid: i32, number: i32) -> bool {
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+    let sets = ["SigBlk:", "SigIgn:", "SigCgt:"].map(|name| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        u64::from_str_radix(line.trim(), 16).ok()
+    });
+    sets.into_iter().all(|set| set.is_some_and(|set| set & 1 << (number - 1) == 0))
+}
+
 /// Whether the kernel is taking it apart: it runs no instruction of its own any more, its descriptors may be closed already, and
 /// sooner or later it can be waited for. Says no of one that has come to that, and where the kernel does not tell.
 pub fn is_ending(pid: i32) -> bool {
@@ -193,6 +204,21 @@ impl Default for Rounds {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn knows_what_dies_of_a_signal() {
+        for (script, dies) in [("", true), ("trap '' TERM;", false), ("trap : TERM;", false)] {
+            let script = format!("{script} echo; read x");
+            let mut command = std::process::Command::new("/bin/sh");
+            command.args(["-c", &script]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            std::io::Read::read_exact(&mut child.stdout.take().unwrap(), &mut [0]).unwrap();
+            assert_eq!(dies_of(child.id().cast_signed(), 15), dies, "{script}");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(!dies_of(child.id().cast_signed(), 15));
+        }
+    }
 
     #[test]
     fn finds_children_of_children_and_signals_them() {

@@ -11,7 +11,7 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, sigaction, 
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo, setpgid};
 
-use super::harness::{Launch, Room, Running, Witness, nbdkit_differs, server_path, wait_for};
+use super::harness::{Launch, Process, Room, Running, Witness, nbdkit_differs, server_path, wait_for};
 use super::raw_client::Client;
 
 /// Its own group, or signals to the group would reach this test.
@@ -405,6 +405,31 @@ open('ready', 'w').write('here\\n'); sys.exit(21 if signal.sigwait([number]) == 
             assert_eq!(output.text(), "1048576\n", "{name}");
             room.assert_nothing_left();
         }
+    }
+
+    /// B1: a shell's child is a shell until it executes its program, and what it is told until then the program never hears
+    #[test]
+    fn a_process_that_was_told_before_it_became_its_program_is_told_again_when_the_command_has_ended() {
+        if nbdkit_differs("B1: ignored until the command ends") {
+            return;
+        }
+        let room = Room::new();
+        let command = "sh -c 'trap : TERM; echo here > ready; while ! test -e go-on; do :; done; exec sleep 1000' &
+            trap 'touch go-on; while ! grep -q sleep /proc/$!/comm; do :; done; exit 7' TERM; wait";
+        let running = start(&room, &["--grace-period=3600", "memory", "1M"], command);
+        // It catches them, and so does the shell above it, once it waits.
+        wait_for("both to catch the signal", || {
+            let caught = |process: &Process| {
+                let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap_or_default();
+                let set = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
+                u64::from_str_radix(set.trim(), 16).unwrap_or_default() & 1 << 14 != 0
+            };
+            let is_shell = |one: &&Process| one.executable.file_name().is_some_and(|name| name != "nbdcaptive");
+            (room.processes().iter().filter(is_shell).filter(|one| caught(one)).count() == 2).then_some(())
+        });
+        running.signal(Signal::SIGTERM);
+        running.finish().expect(7);
+        room.assert_nothing_left();
     }
 
     /// B15: "Earlier repeats are one request"
