@@ -312,7 +312,7 @@ mod tests {
     fn it_is_run_until_it_says_so() {
         let room = Room::new("script");
         let count = room.0.join("count");
-        let command = format!("echo >> {0}; test $(wc -l < {0}) = 3 && exit 88; exit 0", count.display());
+        let command = format!("echo >> '{0}'; test $(wc -l < '{0}') = 3 && exit 88; exit 0", count.display());
         let script = Script::new(command.as_bytes()).unwrap();
         let line = script.line();
         assert_eq!(within(script.happens(SOON)), line);

@@ -206,7 +206,7 @@ fn a_full_disk_is_an_error_of_the_request() {
     let room = Room::new();
     let script = format!(
         "mkdir small && mount -t tmpfs -o size=1m tmpfs small || exit 77\n\
-         TMPDIR=$PWD/small {} -U {}/s --filter=$0 memory 16M --run 'qemu-io -f raw -c \"write -P 7 0 4M\" \
+         TMPDIR=$PWD/small '{}' -U {}/s --filter=$0 memory 16M --run 'qemu-io -f raw -c \"write -P 7 0 4M\" \
          -c \"read -P 0 8M 64k\" -c \"write -P 9 64k 64k\" \"$uri\"'\n\
          status=$?; umount small; exit $status",
         crate::harness::server_path().display(),

@@ -19,7 +19,7 @@ fn probe_speaks_tls_to_this_server_and_to_nbdkit() {
         server.terminate().expect(0);
         let (option, at) =
             (pki.option(kind), pki.uri(kind, std::path::Path::new("SOCKET")).replace("SOCKET", "'$unixsocket'"));
-        let command = format!("{} --probe '{at}'", probe.display());
+        let command = format!("'{}' --probe '{at}'", probe.display());
         let output =
             room.nbdkit_captive(["--tls=require", "--tls-verify-peer", &option, "memory", "1M"], command).run_to(0);
         assert!(output.text().starts_with("protocol: newstyle-fixed with TLS"), "{output:#?}");
