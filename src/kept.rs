@@ -614,8 +614,7 @@ pub fn starting<T>(something: impl Future<Output = T>) -> io::Result<T> {
 /// As nohup(1) has it.
 fn hangup_is_ignored() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 != 0)
+    tree::has_signal(&status, "SigIgn:", Signal::SIGHUP as i32) == Some(true)
 }
 
 /// Waits for a process that was started here.

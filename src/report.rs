@@ -35,16 +35,22 @@ enum Sink {
 #[derive(Debug)]
 struct LogFile {
     file: OwnedFd,
+    whole: WholeLines,
+}
+
+/// Keeps lines apart in a file that there is not always room in: what follows a part of a line is a line of its own.
+#[derive(Debug, Default)]
+pub struct WholeLines {
     /// There was room for a part of the last line only.
     is_torn: AtomicBool,
 }
 
-impl LogFile {
-    /// Appends a line, or what of it fits. The next one is a line of its own.
-    fn write(&self, line: &str) {
+impl WholeLines {
+    /// Has `write` write a line, or what of it fits. It returns how many of its bytes there was no room for.
+    pub fn write(&self, line: &str, write: impl FnOnce(&[u8]) -> usize) {
         let was_torn = self.is_torn.swap(false, Ordering::Relaxed);
         let text = if was_torn { format!("\n{line}") } else { line.to_owned() };
-        let lost = write_unless_full(self.file.as_fd(), text.as_bytes());
+        let lost = write(text.as_bytes());
         let is_torn = if lost == text.len() { was_torn } else { lost > 0 };
         self.is_torn.fetch_or(is_torn, Ordering::Relaxed);
     }
@@ -73,7 +79,7 @@ impl Report {
             LogTo::File(path) => {
                 let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
                 let file = file.map_err(|error| format!("{}: fopen: {error}", path.display()))?;
-                Sink::File(Arc::new(LogFile { file: file.into(), is_torn: AtomicBool::new(false) }))
+                Sink::File(Arc::new(LogFile { file: file.into(), whole: WholeLines::default() }))
             }
             LogTo::Syslog => Sink::Syslog(Arc::new(Syslog::new())),
             LogTo::Default | LogTo::Stderr => Sink::Stderr,
@@ -123,7 +129,7 @@ impl Report {
         match &self.sink {
             Sink::Null => {}
             Sink::Stderr => to_stderr(&text()),
-            Sink::File(file) => file.write(&text()),
+            Sink::File(log) => log.whole.write(&text(), |line| write_unless_full(log.file.as_fd(), line)),
             // Its lines carry the program's name and how bad they are by themselves.
             Sink::Syslog(syslog) => syslog.write(format_args!("{who}{line}")),
         }

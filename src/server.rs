@@ -377,6 +377,7 @@ fn show_environment(report: &Report, told: &[(&'static str, OsString)]) {
 /// How many descriptors must be left once the reactor has its own: signals, a socket to listen on, a client, a worker for it
 /// (two), and two for what a device opens.
 const LEAST_DESCRIPTORS: usize = 7;
+
 /// Starts async-io's reactor, which has a thread and descriptors of its own and panics where it cannot have them. Errors: a line
 /// for people; also where it leaves too few descriptors.
 fn start_reactor() -> Result<(), String> {

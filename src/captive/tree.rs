@@ -126,11 +126,14 @@ pub fn is_running(pid: i32) -> bool {
 /// `/proc/[pid]/status`.
 pub fn dies_of(pid: i32, number: i32) -> bool {
     let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
-    let sets = ["SigBlk:", "SigIgn:", "SigCgt:"].map(|name| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-        u64::from_str_radix(line.trim(), 16).ok()
-    });
-    sets.into_iter().all(|set| set.is_some_and(|set| set & 1 << (number - 1) == 0))
+    ["SigBlk:", "SigIgn:", "SigCgt:"].into_iter().all(|set| has_signal(&status, set, number) == Some(false))
+}
+
+/// Whether a set of signals in the text of `/proc/[pid]/status` has this one. `None`: there is no such set.
+pub fn has_signal(status: &str, set: &str, number: i32) -> Option<bool> {
+    let mask = status.lines().find_map(|line| line.strip_prefix(set))?;
+    let mask = u64::from_str_radix(mask.trim(), 16).ok()?;
+    Some(mask & 1 << (number - 1) != 0)
 }
 
 /// Whether the kernel is taking it apart: it runs no instruction of its own any more, its descriptors may be closed already, and

@@ -20,6 +20,16 @@ pub const fn required(key: &'static str, value: &'static str, help: &'static str
     Parameter { key, value, help, required: true }
 }
 
+/// The number of four bytes, the lowest first, that stands there.
+pub fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes are four"))
+}
+
+/// The same of eight bytes.
+pub fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes are eight"))
+}
+
 /// A key that is none of the layer's.
 pub fn unknown(key: &str) -> ConfigError {
     ConfigError(format!("unknown parameter '{key}'"))

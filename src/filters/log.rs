@@ -20,6 +20,7 @@ use nbdcaptive_actors::filter::{FilterExports, Filtered, FilteredExports, Next};
 use super::kit::{Gate, Gated, Request, optional, unknown};
 use crate::captive::quote::shell_quote;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
+use crate::report::WholeLines;
 use crate::values;
 
 /// See the module.
@@ -74,7 +75,7 @@ impl Filter for LogFilter {
             Some(path) => Some(open(path, self.append)?),
             None => None,
         };
-        let file = file.map(|file| Mutex::new(Lines { file, is_torn: false, has_complained: false }));
+        let file = file.map(|file| Mutex::new(Lines { file, whole: WholeLines::default(), has_complained: false }));
         let log = Log { file, script: self.script, connections: AtomicU64::new(0) };
         let model = next.thread_model() as u32;
         log.line(&Connection::default(), None, "Ready", Kind::Print, 0, format_args!("thread_model={model}"));
@@ -100,29 +101,27 @@ enum Kind {
 /// A file that lines are written to.
 struct Lines {
     file: File,
-    /// There was room for a part of the last line only.
-    is_torn: bool,
+    whole: WholeLines,
     has_complained: bool,
 }
 
 impl Lines {
-    /// Writes a line, or what of it fits. The next one is a line of its own.
+    /// Writes a line, or what of it fits.
     fn write(&mut self, line: &str) -> io::Result<()> {
-        let text = if self.is_torn { format!("\n{line}") } else { line.to_owned() };
-        let mut rest = text.as_bytes();
         let mut written = Ok(());
-        // One call where it can be, so that lines of several servers do not mix.
-        while written.is_ok() && !rest.is_empty() {
-            match self.file.write(rest) {
-                Ok(0) => written = Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => rest = &rest[count..],
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => written = Err(error),
+        let Lines { file, whole, .. } = self;
+        whole.write(line, |mut rest| {
+            // One call where it can be, so that lines of several servers do not mix.
+            while written.is_ok() && !rest.is_empty() {
+                match file.write(rest) {
+                    Ok(0) => written = Err(io::ErrorKind::WriteZero.into()),
+                    Ok(count) => rest = &rest[count..],
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => written = Err(error),
+                }
             }
-        }
-        if rest.len() < text.len() {
-            self.is_torn = !rest.is_empty();
-        }
+            rest.len()
+        });
         written
     }
 }

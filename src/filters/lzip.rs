@@ -9,6 +9,7 @@ use std::io::{BufRead, Read};
 use lzma_rust2::LzipReader;
 use nbdcaptive_actors::device::{Error, Result, ThreadModel};
 
+use super::kit::u64_at;
 use super::unpacked_blocks::{self, Format, Unpack};
 use crate::layer::{About, Parameter};
 
@@ -86,7 +87,7 @@ impl Format for Lzip {
             if blocks.len() == MOST_MEMBERS {
                 return Err(failed(format!("the file has more than {MOST_MEMBERS} members")));
             }
-            let (length, member_size) = (le64(&trailer[4..12]), le64(&trailer[12..]));
+            let (length, member_size) = (u64_at(&trailer, 4), u64_at(&trailer, 12));
             let at = end.checked_sub(member_size).filter(|_| end >= ENDS && member_size >= ENDS);
             let at = at.ok_or_else(|| {
                 failed(format!(
@@ -123,10 +124,6 @@ impl Format for Lzip {
 
 fn failed(why: impl std::fmt::Display) -> Error {
     unpacked_blocks::failed::<Lzip>(why)
-}
-
-fn le64(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nbdcaptive_actors::device::{Call, Client, Device, Error, ErrorCode, Exports, Result, ThreadModel};
 use nbdcaptive_actors::filter::{FilterExports, Filtered, FilteredExports, Next};
 
-use super::kit::{is_zero, optional, required, unknown};
+use super::kit::{is_zero, optional, required, u32_at, u64_at, unknown};
 use super::next::look_at_start;
 use super::offset::Window;
 use crate::layer::{About, ConfigError, Filter, Lifetime, Value};
@@ -122,14 +122,6 @@ struct Found {
 
 fn no(why: impl Into<std::borrow::Cow<'static, str>>) -> Error {
     Error::failed(ErrorCode::Invalid, why)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes are four"))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes are eight"))
 }
 
 impl Partition {

@@ -43,10 +43,9 @@ fn what_it_offers() {
 fn what_a_description_was_understood_as_is_shown() {
     // What is between the first line and the last.
     let shown = |launch: &mut Launch| {
-        let stderr = launch.run_to(0).stderr;
-        let lines = stderr.lines().filter_map(|line| Some(line.split_once(": debug: ")?.1.to_owned()));
-        let tree = lines.skip_while(|line| line != "BEGIN AST (-D data.AST=1)").skip(1);
-        tree.take_while(|line| line != "END AST").collect::<Vec<_>>().join("\n")
+        let output = launch.run_to(0);
+        let tree = output.debug_lines().skip_while(|line| *line != "BEGIN AST (-D data.AST=1)").skip(1);
+        tree.take_while(|line| *line != "END AST").collect::<Vec<_>>().join("\n")
     };
     let room = Room::new();
     room.write("file", [1; 300]);

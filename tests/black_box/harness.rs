@@ -537,6 +537,15 @@ impl Running {
         kill(Pid::from_raw(self.pid()), signal).expect("the process is there");
     }
 
+    /// Stops the process, wherever it is.
+    pub fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        wait_for("a process to be stopped", || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).ok()?;
+            stat.contains(") T ").then_some(())
+        });
+    }
+
     /// Whether the process has ended, without waiting.
     pub fn has_ended(&mut self) -> bool {
         if self.status.is_none() {
@@ -625,6 +634,11 @@ impl Output {
     #[track_caller]
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.stdout).expect("text on stdout")
+    }
+
+    /// What the lines for `-v` say on stderr.
+    pub fn debug_lines(&self) -> impl Iterator<Item = &str> {
+        self.stderr.lines().filter_map(|line| Some(line.split_once(": debug: ")?.1))
     }
 
     /// The one line on stderr, which must begin with the server's name and contain all of these.

@@ -78,8 +78,9 @@ impl Simplifier {
         match (&inner, inner.single_byte()) {
             (Tree::Nothing, _) => inner,
             _ if count == 1 => inner,
-            (Tree::Repeat(_, times), _) if times.checked_mul(count).is_none() => Tree::Repeat(Box::new(inner), count),
-            (Tree::Fill(_, times), _) if times.checked_mul(count).is_none() => Tree::Repeat(Box::new(inner), count),
+            (Tree::Repeat(_, times) | Tree::Fill(_, times), _) if times.checked_mul(count).is_none() => {
+                Tree::Repeat(Box::new(inner), count)
+            }
             (Tree::Fill(byte, times), _) => Tree::Fill(*byte, times * count),
             (Tree::Text(text), _) if self.may_make((text.len() as u64).saturating_mul(count)) => {
                 Tree::Text(text.repeat(count as usize))

@@ -144,9 +144,8 @@ fn a_gpt_is_nbdkits() {
 #[test]
 fn the_regions_of_a_disk_are_shown() {
     let table = |launch: &mut Launch| {
-        let stderr = launch.run_to(0).stderr;
-        let lines = stderr.lines().filter_map(|line| Some(line.split_once(": debug: ")?.1.to_owned()));
-        lines.filter(|line| line.starts_with("region[")).collect::<Vec<_>>()
+        let output = launch.run_to(0);
+        output.debug_lines().filter(|line| line.starts_with("region[")).map(str::to_owned).collect::<Vec<_>>()
     };
     let room = Room::new();
     parts(6)(&room);

@@ -298,16 +298,21 @@ fn xz_is_unpacked_block_by_block() {
     }
 }
 
+#[track_caller]
+fn is_refused(room: &Room, arguments: &[&str], why: &str) {
+    let line = refusal_in(room, arguments);
+    assert!(line.contains(why), "{line}");
+}
+
 #[test]
 fn xz_that_is_damaged_or_too_large_is_refused() {
-    let check = |pack: &str, parameter: &str, why: &str| {
+    let packed = |pack: &str| {
         let room = Room::new();
         disk(&room);
         shell(&room, pack);
-        let arguments = ["--filter=xz", "file", "disk.xz", parameter];
-        let line = refusal_in(&room, &arguments);
-        assert!(line.contains(why), "{line}");
+        room
     };
+    let check = |pack, parameter, why| is_refused(&packed(pack), &["--filter=xz", "file", "disk.xz", parameter], why);
     check(
         "xz disk",
         "xz-max-block=1M",
@@ -318,9 +323,7 @@ fn xz_that_is_damaged_or_too_large_is_refused() {
     check("xz disk; truncate -s -5 disk.xz", "xz-max-depth=1", "size is not a multiple of 4 bytes");
     check("truncate -s 5 disk.xz", "xz-max-depth=1", "xz: file too short");
     // In the data, which its check finds when it is read.
-    let room = Room::new();
-    disk(&room);
-    shell(&room, "xz disk; printf x | dd of=disk.xz bs=1 seek=400000 conv=notrunc");
+    let room = packed("xz disk; printf x | dd of=disk.xz bs=1 seek=400000 conv=notrunc");
     let arguments = ["--filter=xz", "file", "disk.xz"];
     let output = room.captive(arguments, "nbdcopy \"$uri\" copy; exit 0").run_to(0);
     assert!(output.stderr.contains("xz: block at 12: "), "{output:#?}");
@@ -378,14 +381,15 @@ fn lzip_is_unpacked_member_by_member() {
 
 #[test]
 fn lzip_that_is_damaged_or_too_large_is_refused() {
-    let check = |change: &str, parameter: &str, why: &str| {
+    let packed = |change: &str| {
         let room = Room::new();
         disk(&room);
         lzip(&room, 0, "disk");
         shell(&room, change);
-        let line = refusal_in(&room, &["--filter=lzip", "file", "disk.lz", parameter]);
-        assert!(line.contains(why), "{line}");
+        room
     };
+    let check =
+        |change, parameter, why| is_refused(&packed(change), &["--filter=lzip", "file", "disk.lz", parameter], why);
     check(
         "true",
         "lzip-max-block=1M",
@@ -405,10 +409,7 @@ fn lzip_that_is_damaged_or_too_large_is_refused() {
         ),
         ("printf '\\377' | dd of=disk.lz bs=1 seek=$(($(stat -c %s disk.lz) - 16)) conv=notrunc", "size mismatch"),
     ] {
-        let room = Room::new();
-        disk(&room);
-        lzip(&room, 0, "disk");
-        shell(&room, change);
+        let room = packed(change);
         let output = room.captive(["--filter=lzip", "file", "disk.lz"], "nbdcopy \"$uri\" copy; exit 0").run_to(0);
         assert!(output.stderr.contains("lzip: block at 0: ") && output.stderr.contains(why), "{change}: {output:#?}");
     }
