@@ -742,9 +742,7 @@ fn carry_out(
                 let why = format!("the device gave {got} bytes for a read of {length}");
                 return Err(Error::failed(ErrorCode::Io, why));
             }
-            if !whole {
-                to.make_sparse(out, start, data, agreement.minimum_block());
-            }
+            to.complete(out, start, data, (!whole).then(|| agreement.minimum_block()));
             return Ok(());
         }
         Command::BlockStatus { offset, length, one, contexts } => {

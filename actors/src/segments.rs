@@ -21,6 +21,9 @@ pub(crate) enum Piece {
     File(Arc<File>, u64, usize),
     /// So many zeroes.
     Zeroes(usize),
+    /// The end of a reply with pieces of files before it: the first range of the owner's own buffer if all of them could be
+    /// sent, else the second.
+    End(Range<usize>, Range<usize>),
 }
 
 /// What a read appends its data to. See [`crate::device::Device::read_segments`].
@@ -46,6 +49,9 @@ pub struct Mark {
 impl Segments {
     /// Appends `length` bytes for the caller to fill. They hold anything before that, also other replies' data.
     pub fn space(&mut self, length: usize) -> &mut [u8] {
+        if length == 0 {
+            return &mut [];
+        }
         let start = self.used;
         let end = start + length;
         if end > self.own.len() {
@@ -62,21 +68,29 @@ impl Segments {
 
     /// Appends `range` of memory that the device shares. Nothing is copied; it must not change until it is dropped.
     pub fn shared(&mut self, memory: Shared, range: Range<usize>) {
-        self.length += range.len();
-        self.pieces.push(Piece::Lent(memory, range));
+        if !range.is_empty() {
+            self.length += range.len();
+            self.pieces.push(Piece::Lent(memory, range));
+        }
     }
 
     /// Appends `length` bytes of `file` from `offset`, which go from the page cache to the client without a copy in this
-    /// process. They should be in the cache: whoever sends them waits for a disk otherwise. If the file ends before them the
-    /// connection is closed, for the reply has begun by then. Where SIGPIPE is neither blocked nor ignored, a client that goes
-    /// meanwhile raises it.
+    /// process. They should be in the cache: whoever sends them waits for a disk otherwise. Where the file has ended before
+    /// them by then, or cannot be read, the read fails with `NBD_EIO`; a client without structured replies is disconnected, for
+    /// its reply has begun and has no place for an error (NBD doc/proto.md `NBD_CMD_READ`). Where SIGPIPE is neither blocked nor
+    /// ignored, a client that goes meanwhile raises it.
     pub fn file(&mut self, file: Arc<File>, offset: u64, length: usize) {
-        self.length += length;
-        self.pieces.push(Piece::File(file, offset, length));
+        if length > 0 {
+            self.length += length;
+            self.pieces.push(Piece::File(file, offset, length));
+        }
     }
 
     /// Appends `length` zeroes.
     pub fn zeroes(&mut self, length: usize) {
+        if length == 0 {
+            return;
+        }
         self.length += length;
         match self.pieces.last_mut() {
             Some(Piece::Zeroes(before)) => *before += length,
@@ -113,6 +127,7 @@ impl Segments {
                     let _ = file.read_exact_at(&mut all[start..], *offset);
                 }
                 Piece::Zeroes(count) => all.resize(all.len() + count, 0),
+                Piece::End(sent, _) => all.extend_from_slice(&self.own[sent.clone()]),
             }
         }
         all
@@ -175,6 +190,42 @@ impl Segments {
         self.pieces.push(piece);
     }
 
+    /// Whether there are pieces of files among what was appended since `mark`.
+    pub(crate) fn has_files(&self, mark: Mark) -> bool {
+        self.pieces[mark.pieces..].iter().any(|piece| matches!(piece, Piece::File(..)))
+    }
+
+    /// Has what was appended from `start` to `between` sent if all the pieces of files before it could be, else what was
+    /// appended after `between`. Both must have been copied here.
+    pub(crate) fn end_by_files(&mut self, start: Mark, between: Mark) {
+        let used = self.used;
+        self.truncate(start);
+        self.used = used;
+        self.length += between.used - start.used;
+        self.pieces.push(Piece::End(start.used..between.used, between.used..used));
+    }
+
+    /// The file of piece `index` does not have what is to be sent of it: zeroes take its place and that of all other files in the
+    /// same reply, which ends as it does then. Whether it has such an end.
+    pub(crate) fn give_up_files(&mut self, index: usize) -> bool {
+        let Some(end) = self.pieces[index..].iter().position(|piece| matches!(piece, Piece::End(..))) else {
+            return false;
+        };
+        for piece in &mut self.pieces[index..=index + end] {
+            match piece {
+                Piece::File(_, _, count) => *piece = Piece::Zeroes(*count),
+                Piece::End(_, failed) => *piece = Piece::Own(failed.clone()),
+                _ => {}
+            }
+        }
+        true
+    }
+
+    /// The copied bytes since `mark`, to be changed.
+    pub(crate) fn own_since(&mut self, mark: Mark) -> &mut [u8] {
+        &mut self.own[mark.used..self.used]
+    }
+
     pub(crate) fn pieces(&self) -> &[Piece] {
         &self.pieces
     }
@@ -201,7 +252,7 @@ impl Segments {
 
 pub(crate) fn piece_length(piece: &Piece) -> usize {
     match piece {
-        Piece::Own(range) | Piece::Lent(_, range) => range.len(),
+        Piece::Own(range) | Piece::Lent(_, range) | Piece::End(range, _) => range.len(),
         Piece::File(_, _, count) | Piece::Zeroes(count) => *count,
     }
 }
@@ -230,6 +281,16 @@ mod tests {
         segments.zeroes(2);
         segments.extend(b"g");
         assert_eq!(bytes(&segments), b"abde\0\0g");
+    }
+
+    #[test]
+    fn nothing_is_no_piece() {
+        let mut segments = Segments::default();
+        segments.space(0);
+        segments.shared(Arc::new(*b"abc"), 1..1);
+        segments.zeroes(0);
+        segments.file(Arc::new(File::open("/dev/zero").unwrap()), 0, 0);
+        assert!(segments.pieces().is_empty() && segments.is_empty());
     }
 
     #[test]

@@ -53,8 +53,8 @@ pub trait Transport: Send {
     /// some of it may be on its way.
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>>;
 
-    /// Sends from `file` at `offset`, at most `length` bytes, as many as are taken at once. `Ok(0)` is the end of the file.
-    /// The default copies through memory.
+    /// Sends from `file` at `offset`, at most `length` bytes, as many as are taken at once. `Ok(0)`: the file has ended before
+    /// that, or cannot be read there. The default copies through memory.
     fn poll_send_file(
         &mut self,
         cx: &mut Context<'_>,
@@ -62,12 +62,7 @@ pub trait Transport: Send {
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        let mut piece = [0; 16 * 1024];
-        let count = file.read_at(&mut piece[..length.min(16 * 1024)], offset)?;
-        if count == 0 {
-            return Poll::Ready(Ok(0));
-        }
-        self.poll_send(cx, &[IoSlice::new(&piece[..count])])
+        send_copy(self, cx, file, offset, length)
     }
 
     /// How many bytes of replies are worth a send of their own while there are more to come.
@@ -99,6 +94,25 @@ pub trait Transport: Send {
         let _ = cx;
         self.finish();
         Poll::Ready(())
+    }
+}
+
+/// Sends from a file by copying through memory.
+fn send_copy(
+    transport: &mut (impl Transport + ?Sized),
+    cx: &mut Context<'_>,
+    file: &File,
+    offset: u64,
+    length: usize,
+) -> Poll<io::Result<usize>> {
+    let mut piece = [0; 16 * 1024];
+    loop {
+        return match file.read_at(&mut piece[..length.min(16 * 1024)], offset) {
+            Ok(0) => Poll::Ready(Ok(0)),
+            Ok(count) => transport.poll_send(cx, &[IoSlice::new(&piece[..count])]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => Poll::Ready(Ok(0)),
+        };
     }
 }
 
@@ -239,8 +253,18 @@ impl Transport for Socket {
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        let Ok(offset) = i64::try_from(offset) else { return Poll::Ready(Err(io::ErrorKind::InvalidInput.into())) };
-        self.poll_send_by(cx, |fd| sendfile(fd, file, Some(&mut { offset }), length))
+        let Ok(start) = i64::try_from(offset) else { return Poll::Ready(Ok(0)) };
+        let attempt = self.poll_send_by(cx, |fd| sendfile(fd, file, Some(&mut { start }), length));
+        match &attempt {
+            Poll::Ready(Err(error)) => match error.raw_os_error().map(Errno::from_raw) {
+                // Of the two only the file fails so.
+                Some(Errno::EIO) => Poll::Ready(Ok(0)),
+                // Not every file system can.
+                Some(Errno::EINVAL | Errno::ENOSYS | Errno::EOPNOTSUPP) => send_copy(self, cx, file, offset, length),
+                _ => attempt,
+            },
+            _ => attempt,
+        }
     }
 
     fn worth_sending(&self) -> usize {

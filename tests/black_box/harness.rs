@@ -17,7 +17,7 @@ use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -157,7 +157,6 @@ pub fn alone<T>(act: impl FnOnce() -> T) -> T {
 /// Waits until nobody has the other end of this pipe to read from, also of those that were started meanwhile and have a copy
 /// until they have become their programs.
 pub fn wait_until_unread(pipe: &OwnedFd) {
-    use std::os::fd::AsFd;
     wait_for("the last reader of a pipe to be gone", || {
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)];
         poll(&mut fds, PollTimeout::ZERO).expect("poll on a pipe");
@@ -738,8 +737,8 @@ impl Witness {
     }
 }
 
-fn readable(fd: &OwnedFd, timeout: Duration) -> bool {
-    use std::os::fd::AsFd;
+/// Whether there is something to read, or the end, within the time.
+pub fn readable(fd: &impl AsFd, timeout: Duration) -> bool {
     let timeout = PollTimeout::try_from(timeout).expect("deadlines are short");
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, timeout).expect("poll on a pipe") > 0
@@ -768,7 +767,6 @@ impl Fifo {
     /// Waits for a line from the command.
     pub fn hear(&mut self) -> String {
         if self.file.buffer().is_empty() {
-            use std::os::fd::AsFd;
             let timeout = PollTimeout::try_from(DEADLINE).expect("deadlines are short");
             let mut fds = [PollFd::new(self.file.get_ref().as_fd(), PollFlags::POLLIN)];
             let ready = poll(&mut fds, timeout).expect("poll on a pipe");

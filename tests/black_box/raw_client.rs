@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::harness::DEADLINE;
+use super::harness::{DEADLINE, readable};
 
 pub const NBD_FLAG_FIXED_NEWSTYLE: u32 = 1;
 pub const NBD_FLAG_NO_ZEROES: u32 = 2;
@@ -470,6 +470,12 @@ impl Client {
     /// How many requests have no reply yet.
     pub fn unanswered(&self) -> usize {
         self.pending.len()
+    }
+
+    /// Waits until something of a reply is there, and takes nothing of it.
+    #[track_caller]
+    pub fn await_reply(&self) {
+        assert!(readable(&self.socket, DEADLINE), "a reply, with {} requests open", self.pending.len());
     }
 
     /// The next reply that is complete, whichever request it is for. `None` when the server has closed the connection

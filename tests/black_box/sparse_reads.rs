@@ -394,6 +394,74 @@ mod file {
         }
     }
 
+    /// A client has asked for all of a file and has been sent so much of it that its socket is full when the file becomes shorter.
+    /// Only data of 64 KiB and more is sent from the file.
+    fn cut_while_it_is_sent(room: &Room, islands: &[(u64, u64)], client: &mut Client) {
+        client.request(NBD_CMD_READ, 0, 0, SIZE, b"");
+        client.await_reply();
+        let file = File::options().write(true).open(room.path("disk")).expect("the file is there");
+        file.set_len(CUT).expect("the file can be cut");
+        // As it was, for the next client.
+        let reply = client.next_reply();
+        file.set_len(SIZE).expect("the file can be made longer");
+        for &(offset, length) in islands {
+            file.write_all_at(&pattern(length as usize, offset), offset).expect("room for data");
+        }
+        let reply = reply.expect("a reply");
+        assert_eq!(reply.error, 5, "{}", reply.message);
+        assert!(reply.message.contains("the file ended while it was read"), "{}", reply.message);
+    }
+
+    const SIZE: u64 = 16 * MIB;
+    /// More than a socket holds.
+    const CUT: u64 = 4 * MIB;
+
+    /// The reply has begun, with chunks of data, and ends with an error: the client and its other requests are served on.
+    #[test]
+    fn a_file_that_is_cut_while_it_is_sent_is_an_error() {
+        let room = Room::new();
+        for islands in [&[(0, SIZE)][..], &[(0, 6 * MIB), (7 * MIB, MIB), (9 * MIB, 7 * MIB)]] {
+            let bytes = sparse(&room, SIZE, islands);
+            let Some(server) = serve(&room, &["file", "disk"]) else { return };
+            for mut client in clients(&server) {
+                // Where the data is gets known.
+                assert!(read(&mut client, 0, 0, SIZE).data == bytes);
+                cut_while_it_is_sent(&room, islands, &mut client);
+                assert!(read(&mut client, 0, 0, SIZE).data == bytes);
+                assert!(read(&mut client, NBD_CMD_FLAG_DF, 0, SIZE).data == bytes);
+            }
+            let said = server.terminate().expect(0).stderr;
+            assert_eq!(
+                said.lines().filter(|line| line.contains("the file ended while it was read")).count(),
+                2,
+                "{said}"
+            );
+        }
+    }
+
+    /// A simple reply has no place for an error once it has begun: "the server MUST immediately initiate a hard disconnect; it MUST
+    /// NOT send any further data". Others are not concerned.
+    #[test]
+    fn a_file_that_is_cut_while_it_is_sent_ends_a_simple_session() {
+        let room = Room::new();
+        sparse(&room, SIZE, &[(0, SIZE)]);
+        let Some(server) = serve(&room, &["file", "disk"]) else { return };
+        let (mut client, mut other) = (server.simple(), server.simple());
+        other.read(0, SIZE);
+        client.request(NBD_CMD_READ, 0, 0, SIZE, b"");
+        client.await_reply();
+        let file = File::options().write(true).open(room.path("disk")).expect("the file is there");
+        file.set_len(CUT).expect("the file can be cut");
+        let mut received = 0;
+        while client.reads_on() {
+            received += 1;
+        }
+        assert!(received > 0);
+        other.expect_alive();
+        assert_eq!(other.ask(NBD_CMD_READ, 0, SIZE - MIB, MIB).error, 5);
+        other.expect_alive();
+    }
+
     /// Somebody else may punch holes into the file while it is read: each page is what it was or what it became.
     #[test]
     fn holes_that_appear_while_it_is_read_are_harmless() {

@@ -1,6 +1,8 @@
 //! The transmission phase: replies. Source: NBD doc/proto.md "Simple reply message", "Structured reply chunk message",
 //! "Extended reply chunk message" and "Reply types".
 
+use std::ops::Range;
+
 use super::constants::*;
 use super::transmission::{Contexts, Headers};
 use crate::extents::Extents;
@@ -12,6 +14,8 @@ pub const SIMPLE_REPLY_HEADER: usize = 16;
 pub const CHUNK_HEADER: usize = 20;
 /// The length of an extended reply chunk's header, in bytes.
 pub const EXTENDED_CHUNK_HEADER: usize = 32;
+/// Where the flags are in a chunk's header of either kind.
+const CHUNK_FLAGS: Range<usize> = 4..6;
 /// From here on zeroes are worth a chunk of their own, in bytes: it takes 32 or 44.
 const HOLE_WORTH: usize = 4096;
 /// The longest extent of a compact reply, in bytes: what is cut off there is still aligned to every block size that can be
@@ -83,12 +87,29 @@ impl ReplyTo {
         out.extend(&length.to_be_bytes());
     }
 
-    /// Turns a reply in one chunk, which begins at `start` and whose data begins at `data`, into one that says where the data is
-    /// nothing but zeroes, if there is enough of that. Chunks begin and end at multiples of `block` bytes.
-    pub(crate) fn make_sparse(&self, out: &mut Segments, start: Mark, data: Mark, block: u32) {
+    /// Completes a reply in one chunk, which begins at `start` and whose data, now all there, begins at `data`. With a `block` it
+    /// becomes one that says where the data is nothing but zeroes, if there is enough of that; chunks then begin and end at
+    /// multiples of so many bytes. What is sent from files may still fail: then the chunk behind the data says how that went.
+    pub(crate) fn complete(&self, out: &mut Segments, start: Mark, data: Mark, block: Option<u32>) {
         if self.headers == Headers::Simple {
             return;
         }
+        let done = if out.has_files(data) { 0 } else { NBD_REPLY_FLAG_DONE };
+        let is_sparse = block.is_some_and(|block| self.make_sparse(out, start, data, block, done));
+        if done == 0 {
+            if !is_sparse {
+                out.own_since(start)[CHUNK_FLAGS].copy_from_slice(&done.to_be_bytes());
+            }
+            let start = out.mark();
+            self.chunk(out, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_NONE, 0);
+            let between = out.mark();
+            self.error(out, ErrorCode::Io, "the file ended while it was read, or could not be read");
+            out.end_by_files(start, between);
+        }
+    }
+
+    /// Makes one chunk into several, if there are zeroes enough; the last has the flag `done`. Whether it did.
+    fn make_sparse(&self, out: &mut Segments, start: Mark, data: Mark, block: u32, done: u16) -> bool {
         let block = u64::from(block.max(1));
         let is_hole = |offset: u64, zeroes: usize| {
             zeroes >= HOLE_WORTH && offset.is_multiple_of(block) && (zeroes as u64).is_multiple_of(block)
@@ -100,14 +121,14 @@ impl ReplyTo {
             found
         });
         if !any {
-            return;
+            return false;
         }
         // A read has at most MAX_PAYLOAD bytes, so that every length below fits.
         let mut offset = self.offset;
         let pieces = out.lift(start, data);
         let mut rest = &pieces[..];
         while let Some(first) = rest.first() {
-            let is_end = |rest: &[_]| if rest.is_empty() { NBD_REPLY_FLAG_DONE } else { 0 };
+            let is_end = |rest: &[_]| if rest.is_empty() { done } else { 0 };
             if is_zeroes(first) && is_hole(offset, piece_length(first)) {
                 rest = &rest[1..];
                 self.hole(out, is_end(rest), offset, piece_length(first) as u32);
@@ -128,6 +149,7 @@ impl ReplyTo {
             these.iter().for_each(|piece| out.put_back(piece.clone()));
             offset += length as u64;
         }
+        true
     }
 
     /// Appends the reply to a request that succeeded and has no data.
@@ -220,14 +242,17 @@ mod tests {
         chunks
     }
 
-    fn sparse(fill: impl FnOnce(&mut Segments), block: u32) -> Segments {
+    fn sparse(fill: impl Fn(&mut Segments), block: u32) -> Segments {
         let mut out = Segments::default();
+        fill(&mut out);
+        let length = out.len() as u32;
+        out.clear(0);
         out.extend(b"");
         let start = out.mark();
-        TO.read(&mut out, 1);
+        TO.read(&mut out, length);
         let data = out.mark();
         fill(&mut out);
-        TO.make_sparse(&mut out, start, data, block);
+        TO.complete(&mut out, start, data, Some(block));
         out
     }
 
@@ -275,12 +300,78 @@ mod tests {
         let data = out.mark();
         out.extend(b"ab");
         out.zeroes(4096);
-        TO.make_sparse(&mut out, start, data, 1);
+        TO.complete(&mut out, start, data, Some(1));
         let all = out.to_vec();
         assert_eq!(all.len(), SIMPLE_REPLY_HEADER + CHUNK_HEADER + 8 + 2 + CHUNK_HEADER + 12);
         assert_eq!(out.len(), all.len());
         out.truncate(start);
         assert_eq!(out.to_vec(), all[..SIMPLE_REPLY_HEADER]);
+    }
+
+    /// The type, the flags and the payload of each chunk.
+    fn all_chunks(out: &Segments) -> Vec<(u16, u16, Vec<u8>)> {
+        let all = out.to_vec();
+        let mut rest = &all[..];
+        let mut chunks = Vec::new();
+        while let Some((header, behind)) = rest.split_first_chunk::<CHUNK_HEADER>() {
+            let number = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+            let length = usize::from(number(16)) << 16 | usize::from(number(18));
+            chunks.push((number(6), number(4), behind[..length].to_vec()));
+            rest = &behind[length..];
+        }
+        chunks
+    }
+
+    /// "MUST NOT do so for a content chunk if it would still be possible to detect an error while transmitting the chunk".
+    #[test]
+    fn what_is_sent_from_files_ends_with_how_that_went() {
+        let file = Arc::new(std::fs::File::open("/dev/zero").unwrap());
+        let from_file = |out: &mut Segments| out.file(Arc::clone(&file), 0, 10);
+        let between_zeroes = |out: &mut Segments| {
+            out.file(Arc::clone(&file), 0, 512);
+            out.zeroes(4096);
+            out.file(Arc::clone(&file), 0, 512);
+            out.file(Arc::clone(&file), 0, 512);
+        };
+        for (mut out, content) in [(sparse(from_file, 1), vec![1]), (sparse(between_zeroes, 512), vec![1, 2, 1])] {
+            TO.done(&mut out);
+            // The end of a later reply is its own.
+            let start = out.mark();
+            TO.read(&mut out, 10);
+            let data = out.mark();
+            out.file(Arc::clone(&file), 0, 10);
+            TO.complete(&mut out, start, data, None);
+            let simple = SIMPLE_REPLY_HEADER;
+            let second = CHUNK_HEADER + 8 + 10 + CHUNK_HEADER;
+
+            let first = out.to_vec().len() - simple - second;
+            let kinds = |out: &Segments, from: usize, to: usize| {
+                let mut part = Segments::default();
+                part.extend(&out.to_vec()[from..to]);
+                let chunks = all_chunks(&part);
+                let (last, before) = chunks.split_last().unwrap();
+                assert_eq!(last.1, NBD_REPLY_FLAG_DONE);
+                assert!(before.iter().all(|(_, flags, _)| *flags == 0));
+                (before.iter().map(|(kind, ..)| *kind).collect::<Vec<_>>(), last.0, last.2.clone())
+            };
+            assert_eq!(kinds(&out, 0, first), (content.clone(), NBD_REPLY_TYPE_NONE, vec![]));
+
+            let place = out.pieces().iter().position(|piece| matches!(piece, Piece::File(..))).unwrap();
+            assert!(out.give_up_files(place));
+            let all = out.to_vec().len();
+            let (before, last, why) = kinds(&out, 0, all - simple - second);
+            assert_eq!((before, last, &why[..4]), (content, NBD_REPLY_TYPE_ERROR, &[0, 0, 0, 5][..]));
+            assert_eq!(kinds(&out, all - second, all), (vec![1], NBD_REPLY_TYPE_NONE, vec![]));
+        }
+        let simple = ReplyTo { headers: Headers::Simple, ..TO };
+        let mut out = Segments::default();
+        let start = out.mark();
+        simple.read(&mut out, 10);
+        let data = out.mark();
+        from_file(&mut out);
+        simple.complete(&mut out, start, data, Some(1));
+        assert_eq!(out.len(), SIMPLE_REPLY_HEADER + 10);
+        assert!(!out.give_up_files(1), "there is no place for an error");
     }
 
     #[test]

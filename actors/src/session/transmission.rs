@@ -257,7 +257,7 @@ impl Transmission {
     /// before that, replies are lost.
     pub(super) async fn run(mut self, transport: &mut dyn Transport, orders: &Orders, speaker: &Speaker) -> Spell {
         let mut draining = orders.watch_draining();
-        let over = poll_fn(|cx| self.poll(cx, transport, &mut draining)).await;
+        let over = poll_fn(|cx| self.poll(cx, transport, &mut draining, speaker)).await;
         if let Ok(Over::Rests) = over {
             return Spell::Rests;
         }
@@ -285,6 +285,7 @@ impl Transmission {
         cx: &mut Context<'_>,
         transport: &mut dyn Transport,
         draining: &mut Watch,
+        speaker: &Speaker,
     ) -> Poll<Result<Over, End>> {
         if !self.draining && draining.poll(cx).is_ready() {
             self.draining = true;
@@ -297,7 +298,7 @@ impl Transmission {
             if self.connection.is_cut() {
                 return Poll::Ready(Err(End::Cut));
             }
-            moved |= self.poll_send(cx, transport).map_err(End::Lost)?;
+            moved |= self.poll_send(cx, transport, speaker).map_err(End::Lost)?;
             moved |= self.hand_down()?;
             moved |= self.poll_receive(cx, transport)?;
             if self.listening == Listening::No {
@@ -362,7 +363,12 @@ impl Transmission {
     }
 
     /// Sends what there is. Whether anything was sent.
-    fn poll_send(&mut self, cx: &mut Context<'_>, transport: &mut dyn Transport) -> io::Result<bool> {
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        transport: &mut dyn Transport,
+        speaker: &Speaker,
+    ) -> io::Result<bool> {
         let mut any = false;
         while !self.outgoing.is_empty() {
             let attempt = match self.next_file() {
@@ -377,6 +383,9 @@ impl Transmission {
                 Poll::Ready(sent) => sent?,
                 Poll::Pending => break,
             };
+            if sent == 0 && self.give_up_files(speaker) {
+                continue;
+            }
             if sent == 0 {
                 return Err(io::Error::new(io::ErrorKind::WriteZero, "a reply could not be sent to its end"));
             }
@@ -396,6 +405,16 @@ impl Transmission {
         }
     }
 
+    /// What is to be sent next is a piece of a file, and not there: zeroes take its place, and an error follows. False if the
+    /// reply has no place for an error.
+    fn give_up_files(&mut self, speaker: &Speaker) -> bool {
+        let Some((_, offset, length)) = self.next_file() else { return false };
+        speaker
+            .error(format_args!("the file ended while it was read, or could not be read: {length} bytes at {offset}"));
+        let piece = self.sent.0;
+        self.outgoing.front_mut().is_some_and(|replies| replies.segments.give_up_files(piece))
+    }
+
     /// The next pieces to send, up to one of a file.
     fn gather<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
         let mut count = 0;
@@ -404,7 +423,7 @@ impl Transmission {
         for replies in &self.outgoing {
             for piece in &replies.segments.pieces()[from..] {
                 let mut bytes = match piece {
-                    Piece::Own(range) => &replies.segments.own()[range.clone()],
+                    Piece::Own(range) | Piece::End(range, _) => &replies.segments.own()[range.clone()],
                     Piece::Lent(memory, range) => &(**memory).as_ref()[range.clone()],
                     Piece::File(..) => return count,
                     Piece::Zeroes(length) => {
