@@ -25,6 +25,15 @@ pub(crate) fn set_low_water(socket: &impl AsFd, count: i32) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
+/// `SIOCOUTQ`, how many bytes a socket holds that the other end has not taken, and what the kernel needs to hold them. Errors:
+/// not a socket. Source: Linux net/unix/af_unix.c `unix_outq_len`; of TCP it tells something else.
+pub(crate) fn unsent(socket: &impl AsFd) -> nix::Result<u32> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: an int is written to `count` during the call.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    Errno::result(result).map(|_| count.try_into().unwrap_or(0))
+}
+
 /// `SO_PEERSEC`, the label that a security module (SELinux, Smack, AppArmor) has given the other end. `None`: there is no such
 /// module, or it has no label for it. Source: socket(7); nbdkit server/public.c `nbdkit_peer_security_context`.
 #[cfg(any(target_os = "linux", target_os = "android"))]

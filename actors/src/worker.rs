@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -20,9 +20,11 @@ use std::time::{Duration, Instant};
 use async_channel::{Receiver, Sender};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{UnixAddr, getsockname, getsockopt, sockopt};
 use smol::LocalExecutor;
 
 use crate::buffers::Buffers;
+use crate::socket_options::unsent;
 
 /// Something to do on a worker's thread: a session, with its socket.
 pub(crate) type Job = Box<dyn FnOnce(&Worker) + Send>;
@@ -31,6 +33,8 @@ pub(crate) type Job = Box<dyn FnOnce(&Worker) + Send>;
 const EVENTS: usize = 256;
 /// How many turns tasks that have more to do get, one after the other, before it is looked for events, which is a system call.
 const TURNS: usize = 8;
+/// How many full sockets are looked at: those of many clients that take nothing for long would cost more than they bring.
+const MOST_FULL: usize = 16;
 /// The token of the eventfd by which other threads wake a worker.
 const WAKE: u64 = u64::MAX;
 
@@ -124,6 +128,8 @@ struct Poller {
 struct Sources {
     next: u64,
     by_token: HashMap<u64, Weak<Source>>,
+    /// Those that had no room last.
+    full: Vec<u64>,
 }
 
 impl Worker {
@@ -171,6 +177,8 @@ impl Worker {
             sources.next += 1;
             let source = Arc::new(Source {
                 token,
+                enough: if self.spinning.limit.is_zero() { 0 } else { enough(&socket) },
+                socket,
                 readable: AtomicBool::new(true),
                 writable: AtomicBool::new(true),
                 awaits_room: AtomicBool::new(false),
@@ -180,9 +188,9 @@ impl Worker {
             sources.by_token.insert(token, Arc::downgrade(&source));
             source
         };
-        let registration = Registration { source, socket, poller: Arc::clone(&self.poller) };
+        let registration = Registration { source, poller: Arc::clone(&self.poller) };
         let event = EpollEvent::new(INPUT, registration.source.token);
-        self.poller.epoll.add(&registration.socket, event)?;
+        self.poller.epoll.add(&registration, event)?;
         Ok(registration)
     }
 
@@ -225,7 +233,9 @@ impl Worker {
             return false;
         }
         let look = |events: &mut [EpollEvent]| {
-            self.dispatch(EpollTimeout::ZERO, events) || self.waker.state.load(Ordering::SeqCst) == NOTIFIED
+            self.dispatch(EpollTimeout::ZERO, events)
+                || self.find_room()
+                || self.waker.state.load(Ordering::SeqCst) == NOTIFIED
         };
         if look(events) {
             // Not waited for, so it says nothing of what waiting is worth.
@@ -252,6 +262,24 @@ impl Worker {
         }
     }
 
+    /// Looks whether full sockets have room, and wakes whom it concerns. Whether there is any.
+    fn find_room(&self) -> bool {
+        let sources = &mut *lock(&self.poller.sources);
+        let Sources { by_token, full, .. } = sources;
+        let mut any = false;
+        full.retain(|token| {
+            let Some(source) = by_token.get(token).and_then(Weak::upgrade) else { return false };
+            let is_full = !source.writable.load(Ordering::Relaxed);
+            let has_room = is_full && unsent(&source.socket).is_ok_and(|held| held < source.enough);
+            if has_room {
+                source.happened(EpollFlags::EPOLLOUT);
+                any = true;
+            }
+            is_full && !has_room
+        });
+        any
+    }
+
     /// Waits for events and wakes whom they concern. Whether there were any.
     fn dispatch(&self, timeout: EpollTimeout, events: &mut [EpollEvent]) -> bool {
         // The only error a wait can meet here is an interruption, after which there are no events.
@@ -271,6 +299,15 @@ impl Worker {
         }
         count > 0
     }
+}
+
+/// How little a socket must hold for what is sent next to be worth it, in bytes; 0 where that is up to epoll, which tells of a
+/// Unix socket only when it is almost empty: by the time that a client that waits for no more than the end of a reply has it,
+/// there is nothing left for it to do.
+fn enough(socket: &OwnedFd) -> u32 {
+    let is_unix = getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok();
+    let holds = getsockopt(socket, sockopt::SndBuf).unwrap_or(0);
+    if is_unix { (holds / 4 * 3).try_into().unwrap_or(u32::MAX) } else { 0 }
 }
 
 /// Whether to look for events instead of sleeping. It saves the wake-up, which is most of a lone request's time, where the
@@ -336,6 +373,9 @@ const OUTPUT: EpollFlags = EpollFlags::EPOLLOUT.union(EpollFlags::EPOLLET);
 /// What the loop has seen of one socket. Flags are written by the worker's thread only.
 struct Source {
     token: u64,
+    socket: OwnedFd,
+    /// How little must be in the socket for a send to be worth trying; 0 where only epoll says so.
+    enough: u32,
     readable: AtomicBool,
     writable: AtomicBool,
     /// Epoll is armed for output.
@@ -372,13 +412,12 @@ impl Source {
 /// A socket that a worker watches.
 pub(crate) struct Registration {
     source: Arc<Source>,
-    socket: OwnedFd,
     poller: Arc<Poller>,
 }
 
 impl AsFd for Registration {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.source.socket.as_fd()
     }
 }
 
@@ -392,7 +431,7 @@ impl Registration {
                 // All was sent: back to input alone, because an armed output wakes us for every reply that is read. Not
                 // before, because more often than not the room that there is does not last. Modifying reports anew what
                 // is already there, so no input is missed.
-                let _ = self.poller.epoll.modify(&self.socket, &mut EpollEvent::new(INPUT, self.source.token));
+                let _ = self.poller.epoll.modify(self, &mut EpollEvent::new(INPUT, self.source.token));
             }
         }
         ready
@@ -424,20 +463,31 @@ impl Registration {
     /// Nothing fits, or no more: watches for room, and for nothing else until there is.
     pub(crate) fn would_block_send(&self) -> io::Result<()> {
         self.source.writable.store(false, Ordering::Relaxed);
+        if self.source.enough > 0 {
+            let full = &mut lock(&self.poller.sources).full;
+            if !full.contains(&self.source.token) {
+                if full.len() == MOST_FULL {
+                    full.remove(0);
+                }
+                full.push(self.source.token);
+            }
+        }
         if self.source.awaits_room.swap(true, Ordering::Relaxed) {
             // Armed already, and edges that came since are still to be reported.
             return Ok(());
         }
         let mut event = EpollEvent::new(OUTPUT, self.source.token);
-        Ok(self.poller.epoll.modify(&self.socket, &mut event)?)
+        Ok(self.poller.epoll.modify(self, &mut event)?)
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
         // Before the descriptor closes, so that its number cannot be another's yet.
-        let _ = self.poller.epoll.delete(&self.socket);
-        lock(&self.poller.sources).by_token.remove(&self.source.token);
+        let _ = self.poller.epoll.delete(&*self);
+        let sources = &mut *lock(&self.poller.sources);
+        sources.by_token.remove(&self.source.token);
+        sources.full.retain(|token| *token != self.source.token);
     }
 }
 
@@ -450,4 +500,74 @@ fn keep(slot: &mut Option<Waker>, waker: &Waker) {
 /// A lock that is never held where anything could panic half way.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn worker(spin: Duration) -> Worker {
+        Worker::new(Prepared::new().unwrap(), spin)
+    }
+
+    /// A registered socket, a second handle to it, and its other end.
+    fn pair(worker: &Worker) -> (Registration, UnixStream, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let registration = worker.register(ours.try_clone().unwrap().into()).unwrap();
+        (registration, ours, theirs)
+    }
+
+    /// Sends until nothing fits. How much that was.
+    fn fill(registration: &Registration, mut socket: &UnixStream) -> usize {
+        let sent = std::iter::from_fn(|| socket.write(&[0; 4096]).ok()).sum();
+        registration.would_block_send().unwrap();
+        sent
+    }
+
+    #[test]
+    fn a_little_room_is_found_where_epoll_waits_for_more() {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut events = [EpollEvent::empty(); EVENTS];
+        for (spin, found) in [(Duration::from_micros(1), true), (Duration::ZERO, false)] {
+            let worker = worker(spin);
+            let (registration, ours, mut theirs) = pair(&worker);
+            let sent = fill(&registration, &ours);
+            worker.dispatch(EpollTimeout::ZERO, &mut events);
+            assert!(!worker.find_room() && !registration.writable(&mut cx));
+
+            let mut half = vec![0; sent / 2];
+            theirs.read_exact(&mut half).unwrap();
+            worker.dispatch(EpollTimeout::ZERO, &mut events);
+            assert!(!registration.writable(&mut cx), "epoll tells of half a socket");
+            assert_eq!((worker.find_room(), registration.writable(&mut cx)), (found, found));
+            assert!(!worker.find_room(), "it is told once");
+
+            fill(&registration, &ours);
+            assert!(!worker.find_room() && !registration.writable(&mut cx));
+            drop(registration);
+            theirs.read_exact(&mut half).unwrap();
+            assert!(!worker.find_room());
+        }
+    }
+
+    #[test]
+    fn of_many_full_sockets_few_are_looked_at_and_none_is_forgotten() {
+        let worker = worker(Duration::from_micros(1));
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let mut all: Vec<_> = (0..MOST_FULL + 3).map(|_| pair(&worker)).collect();
+        for (registration, ours, theirs) in &mut all {
+            let sent = fill(registration, ours);
+            theirs.read_exact(&mut vec![0; sent]).unwrap();
+        }
+        assert_eq!(lock(&worker.poller.sources).full.len(), MOST_FULL);
+        assert!(worker.find_room());
+        let writable = all.iter().filter(|(registration, ..)| registration.writable(&mut cx)).count();
+        assert_eq!(writable, MOST_FULL);
+        worker.dispatch(EpollTimeout::ZERO, &mut events);
+        assert!(all.iter().all(|(registration, ..)| registration.writable(&mut cx)));
+    }
 }
