@@ -16,7 +16,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::sendfile::sendfile;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockaddrLike as _, SockaddrStorage, getpeername, getsockname, recv, recvmsg, send, sendmsg,
+    AddressFamily, MsgFlags, SockaddrLike as _, SockaddrStorage, getpeername, getsockname, getsockopt, recv, recvmsg,
+    send, sendmsg, setsockopt, sockopt,
 };
 
 use crate::device::Peer;
@@ -143,6 +144,7 @@ pub struct Socket {
     readiness: Readiness,
     /// How many bytes make it readable. Only for TCP: Linux looks at that mark for no other sockets.
     low_water: Option<i32>,
+    buffer: Option<SendBuffer>,
 }
 
 enum Readiness {
@@ -155,12 +157,14 @@ impl Socket {
     /// Errors: it cannot be made non-blocking or be watched.
     pub fn on_reactor(socket: OwnedFd) -> io::Result<Socket> {
         let low_water = is_tcp(&socket).then_some(1);
-        Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?), low_water })
+        let buffer = SendBuffer::of(&socket);
+        Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?), low_water, buffer })
     }
 
     pub(crate) fn on_worker(registration: Registration) -> Socket {
         let low_water = is_tcp(&registration).then_some(1);
-        Socket { readiness: Readiness::Worker(registration), low_water }
+        let buffer = SendBuffer::of(&registration);
+        Socket { readiness: Readiness::Worker(registration), low_water, buffer }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -230,6 +234,8 @@ impl Transport for Socket {
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let length = slices.iter().map(|slice| slice.len()).sum();
+        self.fit_buffer(length);
         // An embedder may have left SIGPIPE at its default.
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         let attempt = self.poll_send_by(cx, |fd| match slices {
@@ -237,7 +243,7 @@ impl Transport for Socket {
             _ => sendmsg::<()>(fd.as_raw_fd(), slices, &[], flags, None),
         });
         if let (Poll::Ready(Ok(count)), Readiness::Worker(registration)) = (&attempt, &self.readiness)
-            && *count < slices.iter().map(|slice| slice.len()).sum()
+            && *count < length
         {
             // It would say so the next time.
             registration.would_block_send()?;
@@ -253,6 +259,7 @@ impl Transport for Socket {
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
+        self.fit_buffer(length);
         let Ok(start) = i64::try_from(offset) else { return Poll::Ready(Ok(0)) };
         let attempt = self.poll_send_by(cx, |fd| sendfile(fd, file, Some(&mut { start }), length));
         match &attempt {
@@ -286,6 +293,13 @@ impl Transport for Socket {
 }
 
 impl Socket {
+    fn fit_buffer(&mut self, length: usize) {
+        if let Some(size) = self.buffer.as_mut().and_then(|buffer| buffer.fit(length)) {
+            // Where it fails sends are smaller, or more is on its way.
+            let _ = setsockopt(&self.fd(), sockopt::SndBuf, &size);
+        }
+    }
+
     /// Attempts to send until it worked, or waits for room.
     fn poll_send_by(
         &mut self,
@@ -315,9 +329,48 @@ impl Socket {
     }
 }
 
+/// How much a Unix socket holds: twice as much while replies are large, so that one of 256 KiB fits and its end with it, and
+/// neither side waits for the other in the middle of it. Not always, because then many small ones fit, too, and are sent before the
+/// client has had a turn; the batches become small.
+struct SendBuffer {
+    /// What it holds by default, in bytes.
+    usual: usize,
+    is_large: bool,
+    /// Sends since the last large one.
+    small: u8,
+}
+
+impl SendBuffer {
+    /// More than this to be sent at once is large, in bytes.
+    const LARGE: usize = 128 * 1024;
+    /// After so many sends of less it is as it was.
+    const SMALL: u8 = 32;
+    /// Whoever has chosen more than this, in bytes, keeps it.
+    const MOST: usize = 256 * 1024;
+
+    /// `None`: it is no Unix socket, or somebody has chosen what it holds.
+    fn of(socket: &impl AsFd) -> Option<SendBuffer> {
+        let is_unix =
+            family(socket) == Some(AddressFamily::Unix) && cfg!(any(target_os = "linux", target_os = "android"));
+        let usual = getsockopt(socket, sockopt::SndBuf).ok()?;
+        (is_unix && usual <= SendBuffer::MOST).then_some(SendBuffer { usual, is_large: false, small: 0 })
+    }
+
+    /// The value that the option is to be given before so much is sent, if another than it has. Linux doubles it (socket(7)).
+    fn fit(&mut self, length: usize) -> Option<usize> {
+        self.small = if length > SendBuffer::LARGE { 0 } else { self.small.saturating_add(1) };
+        let is_large = self.small == 0 || (self.is_large && self.small < SendBuffer::SMALL);
+        let changes = std::mem::replace(&mut self.is_large, is_large) != is_large;
+        changes.then_some(if is_large { self.usual } else { self.usual / 2 })
+    }
+}
+
+fn family(socket: &impl AsFd) -> Option<AddressFamily> {
+    getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd()).ok()?.family()
+}
+
 fn is_tcp(socket: &impl AsFd) -> bool {
-    let address = getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd());
-    address.is_ok_and(|address| matches!(address.family(), Some(AddressFamily::Inet | AddressFamily::Inet6)))
+    matches!(family(socket), Some(AddressFamily::Inet | AddressFamily::Inet6))
 }
 
 /// Who is at the other end of a socket.
@@ -338,7 +391,6 @@ fn peer(socket: BorrowedFd<'_>) -> Option<Peer> {
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn unix_peer(socket: BorrowedFd<'_>) -> Peer {
-    use nix::sys::socket::{getsockopt, sockopt};
     let who = getsockopt(&socket, sockopt::PeerCredentials).ok();
     Peer::Unix { pid: who.map(|who| who.pid()), uid: who.map(|who| who.uid()), gid: who.map(|who| who.gid()) }
 }
@@ -523,4 +575,60 @@ fn at_once(fd: BorrowedFd<'_>, what: PollFlags, can_wait: bool) -> Result<(), Er
         return Err(Errno::EAGAIN);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use std::task::Waker;
+
+    fn holds(socket: &Socket) -> usize {
+        getsockopt(&socket.fd(), sockopt::SndBuf).expect("a socket has one")
+    }
+
+    fn send(socket: &mut Socket, length: usize) {
+        let mut cx = Context::from_waker(Waker::noop());
+        let bytes = vec![0; length];
+        match socket.poll_send(&mut cx, &[IoSlice::new(&bytes)]) {
+            Poll::Ready(sent) => drop(sent.expect("the other end is there")),
+            Poll::Pending => {}
+        }
+    }
+
+    #[test]
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn a_socket_holds_more_while_replies_are_large() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut socket = Socket::on_reactor(ours.into()).unwrap();
+        let usual = holds(&socket);
+        send(&mut socket, SendBuffer::LARGE);
+        assert_eq!(holds(&socket), usual);
+        for _ in 0..2 {
+            send(&mut socket, SendBuffer::LARGE + 1);
+            assert!(holds(&socket) > usual);
+            // The header of the next one, say.
+            (1..SendBuffer::SMALL).for_each(|_| send(&mut socket, 28));
+            assert!(holds(&socket) > usual);
+            send(&mut socket, 28);
+            assert_eq!(holds(&socket), usual);
+        }
+        let file = File::open("/dev/zero").unwrap();
+        let _ = socket.poll_send_file(&mut Context::from_waker(Waker::noop()), &file, 0, SendBuffer::LARGE + 1);
+        assert!(holds(&socket) > usual);
+    }
+
+    #[test]
+    fn what_somebody_has_chosen_stays() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        if setsockopt(&ours, sockopt::SndBuf, &SendBuffer::MOST).is_err()
+            || getsockopt(&ours, sockopt::SndBuf).unwrap() <= SendBuffer::MOST
+        {
+            return;
+        }
+        let mut socket = Socket::on_reactor(ours.into()).unwrap();
+        let chosen = holds(&socket);
+        send(&mut socket, SendBuffer::LARGE + 1);
+        assert_eq!(holds(&socket), chosen);
+    }
 }
