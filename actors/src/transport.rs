@@ -3,9 +3,10 @@
 //! [`Socket`] is the plain one. Whether readiness comes from async-io (on any executor) or from a worker's own epoll
 //! (`worker.rs`) is decided when it is made and seen nowhere else.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::task::{Context, Poll};
@@ -156,14 +157,12 @@ impl Socket {
     /// A socket whose readiness comes from async-io's reactor, for use on any executor.
     /// Errors: it cannot be made non-blocking or be watched.
     pub fn on_reactor(socket: OwnedFd) -> io::Result<Socket> {
-        let low_water = is_tcp(&socket).then_some(1);
-        let buffer = SendBuffer::of(&socket);
+        let (low_water, buffer) = (low_water(&socket), SendBuffer::of(&socket));
         Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?), low_water, buffer })
     }
 
     pub(crate) fn on_worker(registration: Registration) -> Socket {
-        let low_water = is_tcp(&registration).then_some(1);
-        let buffer = SendBuffer::of(&registration);
+        let (low_water, buffer) = (low_water(&registration), SendBuffer::of(&registration));
         Socket { readiness: Readiness::Worker(registration), low_water, buffer }
     }
 
@@ -369,9 +368,36 @@ fn family(socket: &impl AsFd) -> Option<AddressFamily> {
     getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd()).ok()?.family()
 }
 
-fn is_tcp(socket: &impl AsFd) -> bool {
-    matches!(family(socket), Some(AddressFamily::Inet | AddressFamily::Inet6))
+/// The mark of a TCP socket, which is made ready; `None` for others.
+fn low_water(socket: &impl AsFd) -> Option<i32> {
+    matches!(family(socket), Some(AddressFamily::Inet | AddressFamily::Inet6)).then(|| {
+        do_not_pace_at_home(socket);
+        1
+    })
 }
+
+/// Has a TCP connection that does not leave this machine send as fast as the other end takes it. BBR measures how fast that is and sets
+/// a timer for almost every segment, on the loopback as well, where nothing is ever lost and there is nobody to be fair to. What it
+/// becomes is in every kernel and allowed to everybody; where it is not, all is as it was.
+#[cfg(any(target_os = "linux", target_os = "freebsd"))]
+fn do_not_pace_at_home(socket: &impl AsFd) {
+    let fd = socket.as_fd().as_raw_fd();
+    let ip = |address: nix::Result<SockaddrStorage>| {
+        let address = address.ok()?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().to_canonical()))
+    };
+    let (ours, theirs) = (ip(getsockname(fd)), ip(getpeername(fd)));
+    if ours.is_some()
+        && ours == theirs
+        && getsockopt(socket, sockopt::TcpCongestion).is_ok_and(|name| name.as_encoded_bytes().starts_with(b"bbr"))
+    {
+        let _ = setsockopt(socket, sockopt::TcpCongestion, &OsString::from("reno"));
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "freebsd")))]
+fn do_not_pace_at_home(_socket: &impl AsFd) {}
 
 /// Who is at the other end of a socket.
 fn peer(socket: BorrowedFd<'_>) -> Option<Peer> {
@@ -630,5 +656,22 @@ mod tests {
         let chosen = holds(&socket);
         send(&mut socket, SendBuffer::LARGE + 1);
         assert_eq!(holds(&socket), chosen);
+    }
+
+    #[test]
+    #[cfg(any(target_os = "linux", target_os = "freebsd"))]
+    fn a_connection_that_stays_on_this_machine_is_not_paced() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for name in ["bbr", "reno"] {
+            let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            if setsockopt(&ours, sockopt::TcpCongestion, &OsString::from(name)).is_err() {
+                // A kernel without it has nothing to change.
+                println!("SKIPPED: this kernel has no {name}");
+                continue;
+            }
+            let socket = Socket::on_reactor(ours.into()).unwrap();
+            let now = getsockopt(&socket.fd(), sockopt::TcpCongestion).unwrap();
+            assert!(now.as_encoded_bytes().starts_with(b"reno"), "{now:?}");
+        }
     }
 }
