@@ -74,8 +74,12 @@ impl Buffers {
 
     /// `length` bytes of anything.
     pub(crate) fn payload(&self, length: usize) -> Vec<u8> {
-        let spare = self.spare().payload.take(|buffer| buffer.len() >= length, Vec::len);
-        spare.unwrap_or_else(|| vec![0; length])
+        let mut spare = self.spare();
+        let found = spare.payload.take(|buffer| buffer.len() >= length, Vec::len);
+        // Data of just that length comes back as one of those.
+        let found = found.or_else(|| if length == RECEIVE { spare.receive.take(|_| true, Vec::len) } else { None });
+        drop(spare);
+        found.unwrap_or_else(|| vec![0; length])
     }
 
     /// Memory for the next `count` blocks behind the first `filled` bytes, of anything. `None`: there is none.
@@ -129,6 +133,23 @@ mod tests {
     fn kept(buffers: &Buffers) -> usize {
         let spare = buffers.spare();
         spare.receive.bytes + spare.payload.bytes + spare.replies.bytes
+    }
+
+    #[test]
+    fn what_was_given_back_is_used_again() {
+        let buffers = Buffers::default();
+        for length in [4096, RECEIVE - 1, RECEIVE, RECEIVE + 1, LARGEST] {
+            let buffer = buffers.payload(length);
+            let place = buffer.as_ptr();
+            buffers.give_back(buffer);
+            let again = buffers.payload(length);
+            assert_eq!(again.as_ptr(), place, "{length}");
+        }
+        let buffer = buffers.receive();
+        let place = buffer.as_ptr();
+        buffers.give_back(buffer);
+        let again = buffers.receive();
+        assert_eq!(again.as_ptr(), place);
     }
 
     #[test]
