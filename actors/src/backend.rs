@@ -414,7 +414,7 @@ impl Backend {
         connection: &Connection,
         speaker: Speaker,
     ) -> Backend {
-        let Surroundings { buffers, rules, .. } = surroundings;
+        let (buffers, rules) = (&surroundings.buffers, &surroundings.rules);
         let parallel = opened.gates.model == ThreadModel::Parallel;
         Backend {
             at_once: opened.device.answers_at_once(),

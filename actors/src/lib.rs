@@ -24,6 +24,7 @@
 //! | `client/` | the other end: a connection to an NBD server, as an actor |
 //! | `transport.rs` | a client's byte stream, and where its readiness comes from |
 //! | `tls/` | streams that are secure |
+//! | `send_buffer.rs` | how much a Unix socket holds, by how large replies are |
 //! | `socket_options.rs` | the socket options that no library has |
 //! | `worker.rs` | threads with an epoll of their own, for speed |
 //! | `buffers.rs` | memory that goes round with requests and replies |
@@ -73,6 +74,7 @@ mod exit_policy;
 mod listener;
 mod parent_watcher;
 mod pool;
+mod send_buffer;
 mod server;
 mod session;
 mod socket_options;

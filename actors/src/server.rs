@@ -19,7 +19,7 @@ use crate::exit_policy::{self, Event};
 use crate::listener::{Listener, Place, Threads};
 use crate::log::{Log, Silent, Speaker};
 use crate::parent_watcher::{self, Parent};
-use crate::session::{self, Rules, SessionId, Surroundings, Tls, Visit};
+use crate::session::{self, Common, Rules, SessionId, Surroundings, Tls, Visit};
 use crate::tls::Acceptor;
 use crate::transport::Transport;
 use crate::world::World;
@@ -292,17 +292,17 @@ impl Server {
             tasks.push(executor.spawn(parent_watcher::run(parent, ends.handle.clone(), world.clone())));
         }
         coordinator.introduce(command, policy, self.at_end);
-        let surroundings = Surroundings {
-            rules: Arc::new(self.rules),
+        let common = Common {
+            rules: self.rules,
             exports: self.exports,
             gates,
             coordinator: ends.handle.clone(),
             orders: ends.orders,
-            buffers: Buffers::default(),
             speaker,
             world,
             room: Arc::default(),
         };
+        let surroundings = Surroundings { common: Arc::new(common), buffers: Buffers::default() };
         if let Some(transport) = self.only {
             let id = SessionId(1);
             let visit = Visit::begin(id, &surroundings, None);

@@ -22,6 +22,7 @@ use nix::sys::socket::{
 };
 
 use crate::device::Peer;
+use crate::send_buffer::SendBuffer;
 use crate::socket_options;
 use crate::tls::Security;
 use crate::worker::Registration;
@@ -143,9 +144,30 @@ const LITTLE: usize = 48 * 1024;
 /// A connected stream socket, non-blocking.
 pub struct Socket {
     readiness: Readiness,
-    /// How many bytes make it readable. Only for TCP: Linux looks at that mark for no other sockets.
-    low_water: Option<i32>,
-    buffer: Option<SendBuffer>,
+    kind: SocketKind,
+}
+
+enum SocketKind {
+    /// How many bytes make it readable: Linux looks at that mark for no other sockets.
+    Tcp {
+        low_water: i32,
+    },
+    Unix(Option<SendBuffer>),
+    Other,
+}
+
+impl SocketKind {
+    fn of(socket: &impl AsFd) -> SocketKind {
+        let family = getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd()).ok().and_then(|name| name.family());
+        match family {
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => {
+                do_not_pace_at_home(socket);
+                SocketKind::Tcp { low_water: 1 }
+            }
+            Some(AddressFamily::Unix) => SocketKind::Unix(SendBuffer::of(socket)),
+            _ => SocketKind::Other,
+        }
+    }
 }
 
 enum Readiness {
@@ -157,13 +179,13 @@ impl Socket {
     /// A socket whose readiness comes from async-io's reactor, for use on any executor.
     /// Errors: it cannot be made non-blocking or be watched.
     pub fn on_reactor(socket: OwnedFd) -> io::Result<Socket> {
-        let (low_water, buffer) = (low_water(&socket), SendBuffer::of(&socket));
-        Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?), low_water, buffer })
+        let kind = SocketKind::of(&socket);
+        Ok(Socket { readiness: Readiness::Reactor(Async::new(socket)?), kind })
     }
 
     pub(crate) fn on_worker(registration: Registration) -> Socket {
-        let (low_water, buffer) = (low_water(&registration), SendBuffer::of(&registration));
-        Socket { readiness: Readiness::Worker(registration), low_water, buffer }
+        let kind = SocketKind::of(&registration);
+        Socket { readiness: Readiness::Worker(registration), kind }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -222,8 +244,10 @@ impl Transport for Socket {
 
     fn await_bytes(&mut self, count: usize) {
         let count = i32::try_from(count).unwrap_or(i32::MAX);
-        if self.low_water.is_some_and(|mark| mark != count) {
-            self.low_water = Some(count);
+        if let SocketKind::Tcp { low_water } = &mut self.kind
+            && *low_water != count
+        {
+            *low_water = count;
             // Where it fails we are woken more often.
             let _ = match &self.readiness {
                 Readiness::Reactor(source) => socket_options::set_low_water(source, count),
@@ -274,7 +298,7 @@ impl Transport for Socket {
     }
 
     fn worth_sending(&self) -> usize {
-        if self.low_water.is_some() { MUCH } else { LITTLE }
+        if let SocketKind::Tcp { .. } = self.kind { MUCH } else { LITTLE }
     }
 
     fn peer(&self) -> Option<Peer> {
@@ -293,7 +317,9 @@ impl Transport for Socket {
 
 impl Socket {
     fn fit_buffer(&mut self, length: usize) {
-        if let Some(size) = self.buffer.as_mut().and_then(|buffer| buffer.fit(length)) {
+        if let SocketKind::Unix(Some(buffer)) = &mut self.kind
+            && let Some(size) = buffer.fit(length)
+        {
             // Where it fails sends are smaller, or more is on its way.
             let _ = setsockopt(&self.fd(), sockopt::SndBuf, &size);
         }
@@ -326,54 +352,6 @@ impl Socket {
             }
         }
     }
-}
-
-/// How much a Unix socket holds: twice as much while replies are large, so that one of 256 KiB fits and its end with it, and
-/// neither side waits for the other in the middle of it. Not always, because then many small ones fit, too, and are sent before the
-/// client has had a turn; the batches become small.
-struct SendBuffer {
-    /// What it holds by default, in bytes.
-    usual: usize,
-    is_large: bool,
-    /// Sends since the last large one.
-    small: u8,
-}
-
-impl SendBuffer {
-    /// More than this to be sent at once is large, in bytes.
-    const LARGE: usize = 128 * 1024;
-    /// After so many sends of less it is as it was.
-    const SMALL: u8 = 32;
-    /// Whoever has chosen more than this, in bytes, keeps it.
-    const MOST: usize = 256 * 1024;
-
-    /// `None`: it is no Unix socket, or somebody has chosen what it holds.
-    fn of(socket: &impl AsFd) -> Option<SendBuffer> {
-        let is_unix =
-            family(socket) == Some(AddressFamily::Unix) && cfg!(any(target_os = "linux", target_os = "android"));
-        let usual = getsockopt(socket, sockopt::SndBuf).ok()?;
-        (is_unix && usual <= SendBuffer::MOST).then_some(SendBuffer { usual, is_large: false, small: 0 })
-    }
-
-    /// The value that the option is to be given before so much is sent, if another than it has. Linux doubles it (socket(7)).
-    fn fit(&mut self, length: usize) -> Option<usize> {
-        self.small = if length > SendBuffer::LARGE { 0 } else { self.small.saturating_add(1) };
-        let is_large = self.small == 0 || (self.is_large && self.small < SendBuffer::SMALL);
-        let changes = std::mem::replace(&mut self.is_large, is_large) != is_large;
-        changes.then_some(if is_large { self.usual } else { self.usual / 2 })
-    }
-}
-
-fn family(socket: &impl AsFd) -> Option<AddressFamily> {
-    getsockname::<SockaddrStorage>(socket.as_fd().as_raw_fd()).ok()?.family()
-}
-
-/// The mark of a TCP socket, which is made ready; `None` for others.
-fn low_water(socket: &impl AsFd) -> Option<i32> {
-    matches!(family(socket), Some(AddressFamily::Inet | AddressFamily::Inet6)).then(|| {
-        do_not_pace_at_home(socket);
-        1
-    })
 }
 
 /// Has a TCP connection that does not leave this machine send as fast as the other end takes it. BBR measures how fast that is and sets
@@ -647,11 +625,7 @@ mod tests {
     #[test]
     fn what_somebody_has_chosen_stays() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        if setsockopt(&ours, sockopt::SndBuf, &SendBuffer::MOST).is_err()
-            || getsockopt(&ours, sockopt::SndBuf).unwrap() <= SendBuffer::MOST
-        {
-            return;
-        }
+        setsockopt(&ours, sockopt::SndBuf, &SendBuffer::most()).unwrap();
         let mut socket = Socket::on_reactor(ours.into()).unwrap();
         let chosen = holds(&socket);
         send(&mut socket, SendBuffer::LARGE + 1);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use smol::future::or;
 use smol::lock::MutexGuardArc;
 
-use super::{End, Input, Opened, SessionId, Surroundings, receive, send_all};
+use super::{Common, End, Input, Opened, SessionId, Surroundings, receive, send_all};
 use crate::backend::{Turn, calmly, open};
 use crate::coordinator::Message;
 use crate::device::{Client, Connection, Error, Exports, MetaContext, Result as DeviceResult};
@@ -320,7 +320,7 @@ impl Handshake<'_> {
     /// device is told in time that it is to come back ([`Connection::recall`]), and is left behind if it does not.
     async fn of_the_device<T>(&mut self, call: impl Future<Output = T>) -> Result<T, End> {
         let mut call = pin!(call);
-        let Surroundings { orders, world, .. } = self.surroundings;
+        let Common { orders, world, .. } = &*self.surroundings.common;
         let draining = async {
             orders.draining().await;
             None
@@ -639,7 +639,7 @@ async fn in_time<T>(
     deadline: Option<Instant>,
     waiting: impl Future<Output = io::Result<T>>,
 ) -> Result<T, End> {
-    let Surroundings { orders, world, .. } = surroundings;
+    let Common { orders, world, .. } = &*surroundings.common;
     let drained = async {
         orders.draining().await;
         Err(End::Drained)

@@ -8,6 +8,7 @@ mod transmission;
 
 use std::fmt;
 use std::future::poll_fn;
+use std::ops::Deref;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::Poll;
@@ -73,16 +74,31 @@ pub(crate) struct Tls {
 /// All that a session needs from the rest of the server.
 #[derive(Clone)]
 pub(crate) struct Surroundings {
-    pub rules: Arc<Rules>,
+    /// One for all sessions: most of them are idle, and each would pay for its own.
+    pub common: Arc<Common>,
+    /// Those of the thread that it runs on.
+    pub buffers: Buffers,
+}
+
+/// What is the same for all sessions of a server.
+pub(crate) struct Common {
+    pub rules: Rules,
     pub exports: Arc<dyn Exports>,
     pub gates: Gates,
     pub coordinator: coordinator::Handle,
     pub orders: Orders,
-    pub buffers: Buffers,
     pub speaker: Speaker,
     pub world: World,
     /// Notified when a session has let go of everything: there is room for another.
     pub room: Arc<Event>,
+}
+
+impl Deref for Surroundings {
+    type Target = Common;
+
+    fn deref(&self) -> &Common {
+        &self.common
+    }
 }
 
 /// Why a session ended. Only the log wants to know.
@@ -228,7 +244,7 @@ async fn serve(
     speaker: &Speaker,
     visit: &mut Visit,
 ) -> End {
-    let Surroundings { orders, .. } = surroundings;
+    let orders = &surroundings.orders;
     // Told to stop now, nothing is waited for: what is on a thread finishes there and its result is lost.
     let closed_at_once = async {
         orders.closing().await;

@@ -227,7 +227,7 @@ impl Transmission {
         work: Sender<Batch>,
         replies: Receiver<Replies>,
     ) -> Transmission {
-        let Surroundings { buffers, world, .. } = surroundings;
+        let (buffers, world) = (&surroundings.buffers, &surroundings.world);
         Transmission {
             agreement,
             connection: connection.clone(),
