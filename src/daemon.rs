@@ -13,6 +13,7 @@ use nix::unistd::{Pid, setsid};
 use crate::captive::fork::{Side, split};
 use crate::cli::Options;
 use crate::inherited::{Inherited, all_signals};
+use crate::leave::leave;
 use crate::listen::Activation;
 use crate::report::Report;
 use crate::server;
@@ -62,7 +63,7 @@ pub fn run(options: &Options, inherited: &Inherited) -> i32 {
                     Ok(_) => server::run(options, role),
                     Err(_) => 1,
                 };
-                std::process::exit(status);
+                leave(status);
             }
         }
     };

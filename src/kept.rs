@@ -44,6 +44,7 @@ use rustix::process::{PidfdFlags, pidfd_open};
 use smol::future::FutureExt as _;
 
 use crate::captive::tree;
+use crate::leave::leave;
 
 /// How long the keeper may take to remove a directory at the end. It goes on by itself after that.
 const SWEEP: Duration = Duration::from_secs(10);
@@ -588,7 +589,7 @@ impl Signals {
             && poll(&mut [PollFd::new(parent.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO) == Ok(1)
         {
             end();
-            std::process::exit(0);
+            leave(0);
         }
         let Ok(Some(info)) = self.signals.read_signal() else { return };
         let Ok(signal) = Signal::try_from(info.ssi_signo as i32) else { return };

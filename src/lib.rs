@@ -14,6 +14,7 @@
 //! | `text.rs` | how help and manual pages get their texts from what they describe |
 //! | `plugins/`, `filters/` | one file each |
 //! | `server.rs` | the process that serves: listens, tells it is ready, waits for the engine, cleans up |
+//! | `leave.rs` | the end of a process |
 //! | `listen.rs` | sockets, private directories, pid files: what is made on disk and taken away again |
 //! | `captive/` | `--run`: the front process, the guardian, the command, `$uri` and the shell's variables |
 //! | `debug.rs`, `trace.rs` | debug flags (`-D`), and the lines of `-v` about every call of every layer |
@@ -43,6 +44,7 @@ pub mod identity;
 pub mod inherited;
 pub mod kept;
 pub mod layer;
+pub mod leave;
 pub mod listen;
 pub mod overlay;
 pub mod page_cache;

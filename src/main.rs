@@ -22,5 +22,5 @@ pub unsafe extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int 
             OsString::from_vec(word.to_bytes().to_vec())
         })
         .collect();
-    nbdcaptive::program::run(words)
+    nbdcaptive::leave::leave(nbdcaptive::program::run(words))
 }

@@ -14,6 +14,7 @@ use nix::unistd::{Pid, setsid};
 
 use crate::captive::fork::{Side, split};
 use crate::cli::Options;
+use crate::leave::leave;
 use crate::listen::{self, PrivateDirectory};
 
 /// The server's side of it.
@@ -35,7 +36,7 @@ impl Sweeper {
                 if !watch(reader).unwrap_or(false) {
                     listen::sweep(options, private, server);
                 }
-                std::process::exit(0);
+                leave(0);
             }
         }
     }

@@ -22,6 +22,7 @@ use super::link::{Link, Word};
 use super::tree;
 use crate::cli::{Options, Unix};
 use crate::inherited::{Inherited, all_signals};
+use crate::leave::leave;
 use crate::listen::{self, PrivateDirectory};
 use crate::report::Report;
 use crate::server;
@@ -105,7 +106,7 @@ fn start<'a>(options: &'a Options, inherited: &'a Inherited, report: &'a Report)
             drop((link, signals));
             let report = report.clone();
             let charge = Charge { options, inherited, front_link, parent, private, report };
-            std::process::exit(guardian::run(charge));
+            leave(guardian::run(charge));
         }
     };
     drop((front_link, parent));

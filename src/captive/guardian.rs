@@ -24,6 +24,7 @@ use super::link::{Link, Word};
 use super::tree;
 use crate::cli::Options;
 use crate::inherited::{Inherited, all_signals};
+use crate::leave::leave;
 use crate::listen::{self, PrivateDirectory};
 use crate::report::Report;
 use crate::server;
@@ -149,7 +150,7 @@ fn start(charge: Charge<'_>) -> io::Result<Guardian<'_>> {
                     1
                 }
             };
-            std::process::exit(status);
+            leave(status);
         }
     };
     drop(wait);
@@ -183,7 +184,7 @@ fn start_server(charge: Charge<'_>, command: Pid, starter: Starter) -> io::Resul
                 Ok(_) => server::run(options, server::Role::Captive { link: server_link, parent, private }),
                 Err(_) => 1,
             };
-            std::process::exit(status);
+            leave(status);
         }
     };
     drop(server_link);
