@@ -767,10 +767,8 @@ impl Fifo {
     /// Waits for a line from the command.
     pub fn hear(&mut self) -> String {
         if self.file.buffer().is_empty() {
-            let timeout = PollTimeout::try_from(DEADLINE).expect("deadlines are short");
-            let mut fds = [PollFd::new(self.file.get_ref().as_fd(), PollFlags::POLLIN)];
-            let ready = poll(&mut fds, timeout).expect("poll on a pipe");
-            assert!(ready > 0, "the command said nothing on {}", self.path.display());
+            let ready = readable(self.file.get_ref(), DEADLINE);
+            assert!(ready, "the command said nothing on {}", self.path.display());
         }
         let mut line = String::new();
         self.file.read_line(&mut line).expect("a line of text");

@@ -14,6 +14,8 @@ pub const SIMPLE_REPLY_HEADER: usize = 16;
 pub const CHUNK_HEADER: usize = 20;
 /// The length of an extended reply chunk's header, in bytes.
 pub const EXTENDED_CHUNK_HEADER: usize = 32;
+/// Why a read fails that is sent from a file.
+pub(crate) const FILE_ENDED: &str = "the file ended while it was read, or could not be read";
 /// Where the flags are in a chunk's header of either kind.
 const CHUNK_FLAGS: Range<usize> = 4..6;
 /// From here on zeroes are worth a chunk of their own, in bytes: it takes 32 or 44.
@@ -94,16 +96,17 @@ impl ReplyTo {
         if self.headers == Headers::Simple {
             return;
         }
-        let done = if out.has_files(data) { 0 } else { NBD_REPLY_FLAG_DONE };
+        let may_fail = out.has_files(data);
+        let done = if may_fail { 0 } else { NBD_REPLY_FLAG_DONE };
         let is_sparse = block.is_some_and(|block| self.make_sparse(out, start, data, block, done));
-        if done == 0 {
+        if may_fail {
             if !is_sparse {
                 out.own_since(start)[CHUNK_FLAGS].copy_from_slice(&done.to_be_bytes());
             }
             let start = out.mark();
             self.chunk(out, NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_NONE, 0);
             let between = out.mark();
-            self.error(out, ErrorCode::Io, "the file ended while it was read, or could not be read");
+            self.error(out, ErrorCode::Io, FILE_ENDED);
             out.end_by_files(start, between);
         }
     }
@@ -223,23 +226,31 @@ mod tests {
 
     const TO: ReplyTo = ReplyTo { headers: Headers::Structured, cookie: 7, offset: 8192 };
 
-    /// Offset, length and whether it is a hole, of each chunk; the last must say that it is, and no other.
-    fn chunks(out: &Segments) -> Vec<(u64, usize, bool)> {
+    /// The type, the flags and the payload of each chunk.
+    fn all_chunks(out: &Segments) -> Vec<(u16, u16, Vec<u8>)> {
         let all = out.to_vec();
-        let number =
-            |at: usize, length: usize| all[at..at + length].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
+        let mut rest = &all[..];
         let mut chunks = Vec::new();
-        let mut at = 0;
-        while at < all.len() {
-            let length = number(at + 16, 4) as usize;
-            let is_hole = number(at + 6, 2) == 2;
-            let payload = at + CHUNK_HEADER;
-            let covers = if is_hole { number(payload + 8, 4) as usize } else { length - 8 };
-            chunks.push((number(payload, 8), covers, is_hole));
-            assert_eq!(number(at + 4, 2) == 1, payload + length == all.len(), "the flag of the last chunk");
-            at = payload + length;
+        while let Some((header, behind)) = rest.split_first_chunk::<CHUNK_HEADER>() {
+            let number = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+            let length = usize::from(number(16)) << 16 | usize::from(number(18));
+            chunks.push((number(6), number(4), behind[..length].to_vec()));
+            rest = &behind[length..];
         }
         chunks
+    }
+
+    /// Offset, length and whether it is a hole, of each chunk; the last must say that it is, and no other.
+    fn chunks(out: &Segments) -> Vec<(u64, usize, bool)> {
+        let all = all_chunks(out);
+        let number = |bytes: &[u8]| bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
+        let content = |(at, (kind, flags, payload)): (usize, &(u16, u16, Vec<u8>))| {
+            assert_eq!(*flags == NBD_REPLY_FLAG_DONE, at + 1 == all.len(), "the flag of the last chunk");
+            let is_hole = *kind == NBD_REPLY_TYPE_OFFSET_HOLE;
+            let covers = if is_hole { number(&payload[8..12]) as usize } else { payload.len() - 8 };
+            (number(&payload[..8]), covers, is_hole)
+        };
+        all.iter().enumerate().map(content).collect()
     }
 
     fn sparse(fill: impl Fn(&mut Segments), block: u32) -> Segments {
@@ -306,20 +317,6 @@ mod tests {
         assert_eq!(out.len(), all.len());
         out.truncate(start);
         assert_eq!(out.to_vec(), all[..SIMPLE_REPLY_HEADER]);
-    }
-
-    /// The type, the flags and the payload of each chunk.
-    fn all_chunks(out: &Segments) -> Vec<(u16, u16, Vec<u8>)> {
-        let all = out.to_vec();
-        let mut rest = &all[..];
-        let mut chunks = Vec::new();
-        while let Some((header, behind)) = rest.split_first_chunk::<CHUNK_HEADER>() {
-            let number = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
-            let length = usize::from(number(16)) << 16 | usize::from(number(18));
-            chunks.push((number(6), number(4), behind[..length].to_vec()));
-            rest = &behind[length..];
-        }
-        chunks
     }
 
     /// "MUST NOT do so for a content chunk if it would still be possible to detect an error while transmitting the chunk".

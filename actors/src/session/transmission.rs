@@ -27,7 +27,7 @@ use crate::device::Support;
 use crate::extents::MAX_EXTENTS;
 use crate::log::Speaker;
 use crate::protocol::constants::*;
-use crate::protocol::replies::ReplyTo;
+use crate::protocol::replies::{FILE_ENDED, ReplyTo};
 use crate::protocol::transmission::{Agreement, Command, Headers, Refusal, RefusalReason, Request, command_name};
 use crate::segments::Piece;
 use crate::transport::Transport;
@@ -409,8 +409,7 @@ impl Transmission {
     /// reply has no place for an error.
     fn give_up_files(&mut self, speaker: &Speaker) -> bool {
         let Some((_, offset, length)) = self.next_file() else { return false };
-        speaker
-            .error(format_args!("the file ended while it was read, or could not be read: {length} bytes at {offset}"));
+        speaker.error(format_args!("{FILE_ENDED}: {length} bytes at {offset}"));
         let piece = self.sent.0;
         self.outgoing.front_mut().is_some_and(|replies| replies.segments.give_up_files(piece))
     }
